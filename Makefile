@@ -1,0 +1,44 @@
+# Two commands: `make train` and `make test`. Each does its own set-up.
+
+# The first of these that runs and is new enough. A pyenv shim answers only where .python-version names its version.
+PYTHON := $(shell for p in python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup train test test-slow lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.12 found (tried python3.12, python3.13, python3.14, python3); install one, or 'pyenv install 3.12'" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+# Text, training with a progress bar, a sample. A second `make train` resumes; `make clean` starts anew.
+train: $(STAMP)
+	@test -f data/python/manifest.json || $(BIN)/python -m launch.prepare --input=python --output=data/python --max_bytes=20000000
+	$(BIN)/python -m launch.train --config=configs/tiny.py --workdir=runs/tiny
+	@echo; echo "A sample, continuing 'def ':"; echo
+	@$(BIN)/python -m launch.generate --workdir=runs/tiny --prompt='def ' --max_new_tokens=300
+	@echo; echo "Next: $(BIN)/python -m launch.generate --workdir=runs/tiny --prompt='class Reader:'"
+	@echo "      $(BIN)/python -m launch.train --help   (every setting; prepare your own text with launch.prepare)"
+	@echo "      runs/tiny/metrics.jsonl and tensorboard --logdir=runs/tiny hold the curves"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python -m mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pallas_kernels.retrieval.bench
+	$(BIN)/python -m launch.bench
+
+clean:
+	rm -rf .venv data/python runs/tiny

@@ -1,0 +1,41 @@
+"""What the commands share: one line on stderr and exit code 2 for what the user can mend."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`. A ValueError, or a flag that is wrong, is one line on stderr and exit 2."""
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(list(argv))
+        except flags.Error as error:
+            _fail(str(error) + "; --help lists the flags")
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # a config or an override
+            _fail(_plain(error))
+        if len(rest) > 1:
+            _fail(f"unexpected argument {rest[1]!r}; --help lists the flags")
+        return rest
+
+    def guarded(_: Sequence[str]) -> None:
+        try:
+            main()
+        except ValueError as error:
+            _fail(_plain(error))
+
+    # JAX lists the accelerators that are not there; a run says what it runs on.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    app.run(guarded, flags_parser=parse)
+
+
+def _plain(error: Exception) -> str:
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+def _fail(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

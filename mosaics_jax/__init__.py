@@ -1,0 +1,23 @@
+"""Memory Mosaics v2 in JAX. The public names are the ones below; nothing else is promised.
+
+They are imported on first use, so that reading a config does not import JAX.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "init": "mosaics_jax.api",
+    "load": "mosaics_jax.api",
+    "generate": "mosaics_jax.decode",
+    "save_safetensors": "mosaics_jax.export",
+    "load_safetensors": "mosaics_jax.export",
+}
+
+__all__ = ["generate", "init", "load", "load_safetensors", "save_safetensors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'mosaics_jax' has no attribute {name!r}; public: {', '.join(__all__)}")

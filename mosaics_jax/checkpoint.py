@@ -1,0 +1,135 @@
+"""Checkpoints: weights, optimiser, counters, data position, config and corpus fingerprint, saved and restored together.
+
+Orbax writes them asynchronously into `workdir/checkpoints/<step>/` and makes each visible by one rename, so a process
+killed at any moment leaves whole checkpoints only. `docs/checkpoint.md` describes what lies in one.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from mosaics_jax.config import CheckpointConfig, Config, differences
+from mosaics_jax.step import TrainState
+
+# Fields that may change between restarts: they move no number beyond the rounding of a reduction.
+FREE_FIELDS = frozenset(
+    {"data.path", "data.workers", "data.prefetch", "checkpoint.every", "checkpoint.keep"}
+    | {"run.log_every", "run.eval_every", "run.eval_batches", "run.max_skipped"}
+    | {f"mesh.{field.name}" for field in dataclasses.fields(Config().mesh)}
+)
+
+# Orbax reports every save and every read-only opening in many lines; what fails, it raises.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What must agree for a checkpoint to be continued, and where its data stands."""
+
+    config: dict[str, Any]
+    manifest: str
+    rows_read: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
+        """Without `config` the directory is opened for reading only."""
+        self._directory = (workdir / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep if config else None,
+            read_only=config is None,
+            create=config is not None,
+            cleanup_tmp_directories=config is not None,
+            step_prefix=None,
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, step: int, record: RunRecord) -> None:
+        """Starts a save; the state may be donated to the next step at once. Raises the errors of the save before."""
+        rest = {"step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.opt_state),
+                counters=ocp.args.StandardSave(rest),
+                record=ocp.args.JsonSave(record.to_dict()),
+            ),
+        )
+
+    def record(self, step: int) -> RunRecord:
+        return RunRecord(**self._restore(step, record=ocp.args.JsonRestore())["record"])
+
+    def params(self, step: int, abstract_params: Any) -> Any:
+        return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
+
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        """The saved state, in the shardings of `abstract_state` (shapes with shardings)."""
+        counters = {name: getattr(abstract_state, name) for name in ("step", "skipped", "skipped_in_row")}
+        restored = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract_state.params),
+            optimizer=ocp.args.StandardRestore(abstract_state.opt_state),
+            counters=ocp.args.StandardRestore(counters),
+        )
+        return TrainState(params=restored["params"], opt_state=restored["optimizer"], **restored["counters"])
+
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"checkpoint {self._directory / str(step)} cannot be read ({reason}); move that directory away to "
+                "resume from the checkpoint before it"
+            ) from error
+
+
+def check_same_run(saved: RunRecord, current: RunRecord, where: str) -> None:
+    """Raises ValueError naming every setting in which a run differs from the one it would continue."""
+    changed = [line for line in differences(saved.config, current.config) if line.split(":")[0] not in FREE_FIELDS]
+    if changed:
+        raise ValueError(
+            f"{where} was made with other settings ({'; '.join(changed)}); take the old settings or another --workdir"
+        )
+    if saved.manifest != current.manifest:
+        raise ValueError(
+            f"{where} was trained on another corpus (manifest {saved.manifest[:12]}, data.path now holds "
+            f"{current.manifest[:12]}); point --config.data.path at the old corpus or take another --workdir"
+        )
+
+
+def write_run_record(workdir: pathlib.Path, record: RunRecord) -> None:
+    """`workdir/config.json`, made whole or not at all."""
+    draft = workdir / "config.json.tmp"
+    draft.write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
+    draft.replace(workdir / "config.json")
+
+
+def read_run_record(workdir: pathlib.Path) -> RunRecord:
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{workdir} holds no run (no config.json); python -m launch.train --workdir=DIR makes one")
+    try:
+        return RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error

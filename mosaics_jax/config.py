@@ -1,0 +1,306 @@
+"""Every setting of a run: frozen dataclasses, made once from a `ConfigDict` at the edge and validated there.
+
+A recipe in `configs/` starts from `default_config()` and sets what it means to set; the command line overrides
+fields (`--config.model.layers=8`); `Config.from_config_dict` makes the frozen form. Nothing below sees a `ConfigDict`.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+
+def _field(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def _check(section: Any, field: str, legal: bool, what_is_legal: str) -> None:
+    if not legal:
+        raise ValueError(f"{section.SECTION}.{field} is {getattr(section, field)!r}; legal: {what_is_legal}")
+
+
+def _check_positive(section: Any, *fields: str) -> None:
+    for field in fields:
+        _check(section, field, getattr(section, field) >= 1, "an integer of 1 or more")
+
+
+ARCHITECTURES = ("mosaic", "transformer")
+MEMORIES = {"mosaic": ("short", "long"), "transformer": ("full", "short", "long")}
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "dots", "block")
+IMPLEMENTATIONS = ("auto", "reference", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and arithmetic of the model. Defaults are the paper's small model."""
+
+    SECTION = "model"
+
+    architecture: str = _field("mosaic", "mosaic (Memory Mosaics v2) or transformer (the llama baseline)")
+    memories: tuple[str, ...] = _field(
+        ("short", "long"), "contextual memories of a block: mosaic short, long; transformer full, or short, long"
+    )
+    vocabulary: int = _field(128256, "token ids the embedding and the classifier know")
+    layers: int = _field(24, "blocks")
+    width: int = _field(2048, "model width d")
+    heads: int = _field(16, "heads of each contextual memory; the head width is width / heads")
+    ffn_width: int = _field(6144, "feed-forward width d' of the persistent memory")
+    window: int = _field(256, "h: the short-term memory reads the last h - 1 pairs")
+    delay_min: int = _field(64, "m at inference, and the least m drawn in training")
+    delay_max: int = _field(256, "the greatest delay m drawn in training")
+    rope_theta: float = _field(500000.0, "base of the rotary position encoding (transformer only)")
+    norm_epsilon: float = _field(1e-5, "epsilon of RMSNorm")
+    compute_dtype: str = _field("bfloat16", "type of activations and matmul inputs: bfloat16 or float32")
+    remat: str = _field("dots", "what backward recomputes: none, dots (all but matmul results and reads), block (all)")
+    implementation: str = _field("auto", "path of the two operations: auto, xla or reference")
+
+    def __post_init__(self) -> None:
+        _check(self, "architecture", self.architecture in ARCHITECTURES, ", ".join(ARCHITECTURES))
+        legal = MEMORIES[self.architecture]
+        _check(
+            self, "memories",
+            isinstance(self.memories, tuple) and 0 < len(self.memories) == len(set(self.memories))
+            and set(self.memories) <= set(legal),
+            f"a tuple of one or more of {', '.join(legal)}, each once",
+        )  # fmt: skip
+        _check_positive(self, "vocabulary", "layers", "width", "heads", "ffn_width", "delay_min")
+        if self.width % self.heads:
+            raise ValueError(f"model.heads is {self.heads}, which does not divide model.width = {self.width}")
+        _check(self, "window", self.window >= 2, "an integer of 2 or more")
+        _check(
+            self,
+            "delay_max",
+            self.delay_max >= self.delay_min,
+            f"model.delay_min = {self.delay_min} or more",
+        )
+        if self.delay_max > self.window and set(self.memories) >= {"short", "long"}:
+            raise ValueError(
+                f"model.delay_max is {self.delay_max} with model.window = {self.window}: pairs between the two are "
+                f"seen by neither memory; legal: model.delay_min <= delay_max <= {self.window}"
+            )
+        _check(self, "compute_dtype", self.compute_dtype in DTYPES, ", ".join(DTYPES))
+        _check(self, "remat", self.remat in REMAT_POLICIES, ", ".join(REMAT_POLICIES))
+        _check(self, "implementation", self.implementation in IMPLEMENTATIONS, ", ".join(IMPLEMENTATIONS))
+        if self.architecture == "transformer":
+            _check(self, "heads", self.head_width % 2 == 0, "heads of an even width (rotary encoding turns pairs)")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def operation_path(self) -> str | None:
+        """The `implementation` argument of the two operations."""
+        return None if self.implementation == "auto" else self.implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What the model reads, and in which order."""
+
+    SECTION = "data"
+
+    path: str = _field("data/python", "directory written by `python -m launch.prepare`")
+    context: int = _field(4096, "positions of a row, T")
+    batch: int = _field(1024, "rows of one optimiser step, over all devices")
+    seed: int = _field(0, "seed of the order of rows")
+    workers: int = _field(0, "reading processes beside each training process; 0 reads in a thread")
+    prefetch: int = _field(2, "batches made ahead by each worker")
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "context", "batch", "prefetch")
+        _check(self, "workers", self.workers >= 0, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under linear warm-up and cosine decay (PAPER section 6)."""
+
+    SECTION = "optimizer"
+
+    peak_learning_rate: float = _field(3e-4, "learning rate at the end of warm-up")
+    warmup_steps: int = _field(2000, "steps of linear warm-up")
+    final_fraction: float = _field(0.01, "last learning rate as a share of the peak")
+    beta1: float = _field(0.9, "decay of the first moment")
+    beta2: float = _field(0.95, "decay of the second moment")
+    epsilon: float = _field(1e-8, "added to the root of the second moment")
+    weight_decay: float = _field(0.1, "decoupled decay, of matrices only")
+    clip_norm: float = _field(1.0, "the global gradient norm is cut to this")
+
+    def __post_init__(self) -> None:
+        _check(self, "peak_learning_rate", self.peak_learning_rate > 0, "a positive number")
+        _check(self, "warmup_steps", self.warmup_steps >= 0, "0 or more")
+        _check(self, "final_fraction", 0 <= self.final_fraction <= 1, "a number in [0, 1]")
+        _check(self, "beta1", 0 <= self.beta1 < 1, "a number in [0, 1)")
+        _check(self, "beta2", 0 <= self.beta2 < 1, "a number in [0, 1)")
+        _check(self, "epsilon", self.epsilon > 0, "a positive number")
+        _check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
+        _check(self, "clip_norm", self.clip_norm > 0, "a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices."""
+
+    SECTION = "mesh"
+
+    data: int = _field(-1, "replicas of the weights; -1 takes all devices the other axes leave")
+    fsdp: int = _field(1, "shards of the weights' model width, and of the batch")
+    sequence: int = _field(1, "shards of time")
+    tensor: int = _field(1, "shards of heads and feed-forward width")
+
+    def __post_init__(self) -> None:
+        _check(self, "data", self.data == -1 or self.data >= 1, "-1 or an integer of 1 or more")
+        _check_positive(self, "fsdp", "sequence", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and how many saves are kept."""
+
+    SECTION = "checkpoint"
+
+    every: int = _field(500, "steps between checkpoints; the last step is always saved")
+    keep: int = _field(3, "newest checkpoints kept")
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Length of the run and what it reports."""
+
+    SECTION = "run"
+
+    steps: int = _field(50000, "optimiser steps")
+    seed: int = _field(0, "seed of the initial weights and of the drawn delays")
+    accumulation: int = _field(1, "micro-batches that one optimiser step is computed in")
+    loss_chunk: int = _field(2048, "tokens whose logits are held at once by the loss")
+    log_every: int = _field(10, "steps between lines of metrics")
+    eval_every: int = _field(500, "steps between evaluations on the held-out split; the last step is always evaluated")
+    eval_batches: int = _field(16, "batches of one evaluation, at most the held-out split once")
+    max_skipped: int = _field(20, "steps in a row with a non-finite loss or gradient that stop the run")
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "steps", "accumulation", "loss_chunk", "log_every", "eval_every", "eval_batches", "max_skipped"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of one run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        if "short" in self.model.memories and self.data.context < self.model.window:
+            raise ValueError(
+                f"data.context is {self.data.context}, shorter than the window: legal: model.window = "
+                f"{self.model.window} or more (or lower --config.model.window)"
+            )
+        if self.data.batch % self.run.accumulation:
+            raise ValueError(
+                f"run.accumulation is {self.run.accumulation}, which does not divide data.batch = {self.data.batch}"
+            )
+        if self.optimizer.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; legal: below run.steps = {self.run.steps}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Makes the frozen form; every field must be there, and no other. Raises ValueError naming what differs."""
+        sections = _exact_fields(cls, values, "the config")
+        made = {}
+        for name, kind in sections.items():
+            fields = _exact_fields(kind, values[name], f"config.{name}")
+            made[name] = kind(**{f: _as_type(t, values[name][f], f"{name}.{f}") for f, t in fields.items()})
+        return cls(**made)
+
+    @classmethod
+    def from_config_dict(cls, config: ml_collections.ConfigDict) -> "Config":
+        return cls.from_dict(config.to_dict())
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+
+def _exact_fields(kind: type, values: Any, where: str) -> dict[str, type]:
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {values!r}; legal: a mapping with {', '.join(fields)}")
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"legal: {', '.join(fields)}"
+            raise ValueError(f"{where} has no field {name!r}; {hint}")
+    for name in fields:
+        if name not in values:
+            raise ValueError(f"{where} lacks the field {name!r}")
+    return fields  # type: ignore[return-value]
+
+
+def _as_type(kind: Any, value: Any, where: str) -> Any:
+    """JSON and the command line blur list and tuple, int and float; nothing else is converted."""
+    if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind == tuple[str, ...] or type(value) is not kind:
+        raise ValueError(f"{where} is {value!r}; legal: a value of type {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields at their defaults, locked: a recipe can set fields, not invent them."""
+    config = ml_collections.ConfigDict(Config().to_dict())
+    config.lock()
+    return config
+
+
+def load_config(path: str) -> ml_collections.ConfigDict:
+    """The `ConfigDict` that the recipe file at `path` makes (its `get_config()`)."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"no config file {path!r}; the shipped ones are in configs/")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path!r} is not a Python file; a config file defines get_config()")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path!r} does not define get_config()")
+    return module.get_config()
+
+
+def describe_fields() -> list[str]:
+    """One line for every field: its name, default and meaning (what `--help` prints)."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.default):  # type: ignore[arg-type]
+            lines.append(f"--config.{section.name}.{field.name} (default {field.default!r}): {field.metadata['doc']}")
+    return lines
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`section.field: old -> new` for every field that differs between two `to_dict()` forms."""
+    lines = []
+    for section in sorted({*old, *new}):
+        before, after = old.get(section, {}), new.get(section, {})
+        for field in sorted({*before, *after}):
+            a, b = before.get(field, "absent"), after.get(field, "absent")
+            if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+                lines.append(f"{section}.{field}: {a!r} -> {b!r}")
+    return lines

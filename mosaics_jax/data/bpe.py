@@ -1,0 +1,102 @@
+"""Byte-level BPE: how text is split, how ranks are learned, and how they lie on disk."""
+
+import base64
+import binascii
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+
+TRAINING_BYTES = 50_000_000
+
+# The split of Llama-3; our own BPE is trained under the same one.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tiktoken's regex engine overflows its stack in one run of some hundred thousand spaces, so long texts go in pieces.
+# Between an ASCII letter and a space or newline, and after a lone newline, `SPLIT` always ends a word: cutting there
+# changes no id.
+_PIECE = 100_000
+_SAFE_CUT = re.compile(r"[A-Za-z](?=[ \n])|\S\n(?=\S)")
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cuts `text` where no id changes; only in a run of more than 100,000 spaces (any whitespace) may ids differ."""
+    start = 0
+    while start < len(text):
+        cut = _SAFE_CUT.search(text, start + _PIECE)
+        stop = cut.end() if cut else len(text)
+        if stop - start > 2 * _PIECE:
+            yield from _cut_long_space(text[start:stop])
+        else:
+            yield text[start:stop]
+        start = stop
+
+
+def _cut_long_space(text: str) -> Iterator[str]:
+    start = 0
+    for run in re.finditer(r"\s++", text):
+        for cut in range(run.start() + _PIECE, run.end(), _PIECE):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def train_ranks(size: int, texts: Iterable[str]) -> dict[bytes, int]:
+    """Learns `size` ranks, or as many as there are to find, from the first 50 MB of `texts`. Deterministic.
+
+    The merges are learned by tokenizers and meant for tiktoken, which gives the same ids several times faster.
+    """
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    byte_of = _byte_of_character()
+    return {bytes(byte_of[c] for c in token): rank for token, rank in inner.get_vocab().items()}
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    taken = 0
+    for text in texts:
+        if taken >= limit:
+            return
+        taken += len(text.encode())
+        yield text
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Inverse of GPT-2's byte alphabet: printable bytes stand for themselves, the others for U+0100 onwards."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    shifted = itertools.count(256)
+    return {chr(b if b in printable else next(shifted)): b for b in range(256)}
+
+
+def ranks_to_bytes(ranks: dict[bytes, int]) -> bytes:
+    return b"".join(b"%s %d\n" % (base64.b64encode(t), r) for t, r in sorted(ranks.items(), key=lambda item: item[1]))
+
+
+def ranks_from_bytes(content: bytes) -> dict[bytes, int]:
+    """Reads tiktoken's format, a line `base64 rank` for each id. ValueError says what is wrong with it."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"line {number} is not 'base64 rank', as in a Llama-3 tokenizer.model") from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("its ranks are not 0, 1, 2, ..., each once")
+    if any(bytes([b]) not in ranks for b in range(256)):
+        raise ValueError("it lacks some of the 256 single bytes")
+    return ranks

@@ -1,0 +1,145 @@
+"""Generation from the caches: prefill the prompts in parallel, then one token at a time.
+
+Prompts of a batch are aligned at their ends: a row's padding lies before it, as a document of its own, so nothing of it
+is ever read. Afterwards every cache counts from its own prompt's first token.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mosaics_jax.data.tokenizer import Tokenizer
+from mosaics_jax.nn.memory import Context
+from mosaics_jax.nn.model import LanguageModel, from_values, to_values
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn from the logits: temperature 0 takes the likeliest; top_k 0 and top_p 1 keep all."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def prefill(
+    model: LanguageModel, tokens_BT: jax.Array, length_B: jax.Array, max_length: int
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits_BV after the prompts, and the caches, with room for `max_length` positions of each row.
+
+    Row b's prompt is its last `length_B[b]` >= 1 tokens; what stands before it is not read.
+    """
+    time = tokens_BT.shape[1]
+    padding_B1 = (time - length_B)[:, None]
+    start_BT = jnp.where(jnp.arange(time) < padding_B1, 0, padding_B1)
+    context = Context(start_BT, model.config.delay_min)
+    x_BTD, caches = model.scan_blocks(
+        tokens_BT, lambda memory, x_BTD, _: memory.prefill(x_BTD, context, length_B, max_length)
+    )
+    return model.logits(x_BTD[:, -1:])[:, 0], caches
+
+
+def decode(
+    model: LanguageModel, token_B: jax.Array, caches: dict[str, Any], count_B: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Logits_BV after one more token, of which each row has `count_B` >= 1 before it, and the caches with it."""
+    x_B1D, caches = model.scan_blocks(
+        token_B[:, None], lambda memory, x_B1D, cache: memory.decode(x_B1D, cache, count_B), caches
+    )
+    return model.logits(x_B1D)[:, 0], caches
+
+
+def sample(key: jax.Array, logits_BV: jax.Array, how: Sampling) -> jax.Array:
+    """token_B drawn from the logits: the top_k likeliest, of those the fewest that hold top_p of the probability."""
+    if how.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / how.temperature
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+    if how.top_k:
+        sorted_BV = jnp.where(jnp.arange(sorted_BV.shape[-1]) < how.top_k, sorted_BV, -jnp.inf)
+    # A token stays while those before it hold less than top_p: the likeliest always does.
+    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    sorted_BV = jnp.where((before_BV < how.top_p) | (how.top_p >= 1), sorted_BV, -jnp.inf)
+    choice_B1 = jax.random.categorical(key, sorted_BV)[:, None]
+    return jnp.take_along_axis(order_BV, choice_B1, axis=-1)[:, 0]
+
+
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> list[str]:
+    """Continuations of the prompts, together as one batch; each ends at its end of text or after `max_new_tokens`.
+
+    Every prompt is the beginning of a document of its own and may be of any length, the empty one included.
+    """
+    for name, value, legal, what in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("temperature", temperature, temperature >= 0, "0 (the likeliest token) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (all) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
+    ):
+        if not legal:
+            raise ValueError(f"{name} is {value!r}; legal: {what}")
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a str; legal: a list of str")
+    if not prompts:
+        return []
+    if tokenizer.vocabulary > model.config.vocabulary:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocabulary} ids, the model knows {model.config.vocabulary}: "
+            "they are not of the same run"
+        )
+    rows = [[tokenizer.begin, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    # Lengths are rounded up, so that prompts of about one length share a compiled program.
+    time = -(-max(map(len, rows)) // 32) * 32
+    tokens_BT = np.array([[0] * (time - len(row)) + row for row in rows], np.int32)
+    length_B = np.array([len(row) for row in rows], np.int32)
+    new_BN = _continue(
+        model.config, Sampling(temperature, top_k, top_p), max_new_tokens, tokenizer.end,
+        to_values(model), tokens_BT, length_B, jax.random.key(seed),
+    )  # fmt: skip
+    texts = []
+    for row in np.asarray(new_BN).tolist():
+        texts.append(tokenizer.decode(row[: row.index(tokenizer.end)] if tokenizer.end in row else row))
+    return texts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _continue(
+    config: Any, how: Sampling, count: int, end: int, values: Any, tokens_BT: jax.Array, length_B: jax.Array,
+    key: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """new_BN: the N = `count` tokens after each prompt; `end` fills what follows a row's end."""
+    model = from_values(config, values)
+    batch, time = tokens_BT.shape
+
+    def draw(index: jax.Array, logits_BV: jax.Array, done_B: jax.Array) -> jax.Array:
+        return jnp.where(done_B, end, sample(jax.random.fold_in(key, index), logits_BV, how)).astype(jnp.int32)
+
+    def more(carry: tuple[Any, ...]) -> jax.Array:
+        index, _, done_B, _, _ = carry
+        return (index < count) & ~done_B.all()
+
+    def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        index, new_BN, done_B, logits_BV, caches = carry
+        token_B = draw(index, logits_BV, done_B)
+        new_BN = new_BN.at[:, index].set(token_B)
+        logits_BV, caches = decode(model, token_B, caches, length_B + index)
+        return index + 1, new_BN, done_B | (token_B == end), logits_BV, caches
+
+    logits_BV, caches = prefill(model, tokens_BT, length_B, time + count)
+    start = (jnp.int32(0), jnp.full((batch, count), end, jnp.int32), jnp.zeros(batch, bool), logits_BV, caches)
+    return lax.while_loop(more, one, start)[1]

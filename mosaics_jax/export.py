@@ -1,0 +1,102 @@
+"""Weights to safetensors under the paper's names, and back, bit for bit. `docs/safetensors.md` lists the names."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mosaics_jax.config import ModelConfig
+from mosaics_jax.nn.model import LanguageModel, from_values, to_values
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# Modules that group parameters in the code and have no part in the paper's names.
+_SILENT = {"key", "value", "bandwidth", "persistent"}
+
+
+def save_safetensors(model: LanguageModel, directory: str | pathlib.Path) -> None:
+    """Writes `directory`/model.safetensors (float32, one tensor for every layer's parameter) and config.json."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(array) for name, array in _named(to_values(model)).items()}
+    for draft, write in (
+        (directory / f"{WEIGHTS}.tmp", lambda path: save_file(tensors, path)),
+        (directory / f"{CONFIG}.tmp", lambda path: path.write_text(_config_text(model.config), encoding="utf-8")),
+    ):
+        write(draft)
+        draft.replace(draft.with_suffix(""))
+
+
+def load_safetensors(directory: str | pathlib.Path) -> LanguageModel:
+    """The model that `save_safetensors` wrote. ValueError names a missing file, and tensors that are missing, foreign
+    or of another shape."""
+    directory = pathlib.Path(directory)
+    for name in (WEIGHTS, CONFIG):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} holds no {name}; an export has {CONFIG} and {WEIGHTS}")
+    try:
+        fields = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = ModelConfig(**{**fields, "memories": tuple(fields["memories"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / CONFIG} is not the config of an export ({error})") from error
+    shapes = jax.eval_shape(lambda: to_values(LanguageModel(config, 0)))
+    expected = {name: array.shape for name, array in _named_shapes(shapes).items()}
+    try:
+        with safe_open(directory / WEIGHTS, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / WEIGHTS} cannot be read ({error}); export again") from error
+    for name in sorted({*expected, *tensors}):
+        found = tensors[name].shape if name in tensors else "absent"
+        if found != expected.get(name, "absent"):
+            raise ValueError(
+                f"{directory / WEIGHTS}: tensor {name!r} is {found}; legal by {CONFIG}: {expected.get(name, 'absent')}"
+            )
+    return from_values(config, _nested(tensors, shapes))
+
+
+def _config_text(config: ModelConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _public_name(path: tuple[str, ...], layer: int | str = "{l}") -> str:
+    """("blocks", "short", "key", "W_phi") -> "blocks.{l}.short.W_phi"."""
+    parts = [part for part in path if part not in _SILENT]
+    if parts[0] == "blocks":
+        parts.insert(1, str(layer))
+    return ".".join(parts)
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    """Public name -> tensor; the stacked layers of a block's parameter become one tensor each."""
+    named: dict[str, Any] = {}
+    for path, array in flatten_dict(values).items():
+        if path[0] == "blocks":
+            named |= {_public_name(path, layer): array[layer] for layer in range(array.shape[0])}
+        else:
+            named[_public_name(path)] = array
+    return named
+
+
+def _named_shapes(shapes: dict[str, Any]) -> dict[str, Any]:
+    """`_named` of shapes, which cannot be indexed."""
+    return _named(jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes))
+
+
+def _nested(tensors: dict[str, np.ndarray], shapes: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_named`."""
+    flat = {}
+    for path, shape in flatten_dict(shapes).items():
+        if path[0] == "blocks":
+            array = np.stack([tensors[_public_name(path, layer)] for layer in range(shape.shape[0])])
+        else:
+            array = tensors[_public_name(path)]
+        flat[path] = jnp.asarray(array)
+    return unflatten_dict(flat)

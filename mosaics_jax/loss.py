@@ -1,0 +1,95 @@
+"""The next-token loss, in chunks of tokens: B x T x vocabulary logits are never held."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def next_token_loss(
+    x_BTD: jax.Array, classifier_DV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array, chunk: int
+) -> jax.Array:
+    """Σ_bt weight · -log softmax(x W)[target], in nats and float32.
+
+    One pass computes the loss and, where a gradient is asked for, the gradients as well: the logits of a chunk are made
+    once and never again, at the price of holding the two gradients from the forward pass on.
+
+    Args:
+      x_BTD: what the classifier reads. The matmuls run in its type, with float32 accumulation.
+      classifier_DV: float32.
+      targets_BT: ids of the next tokens.
+      weight_BT: 0 where nothing is predicted: padding, and a document's end. Carries no gradient.
+      chunk: tokens whose logits are held at once (of B rows together; at least one of each row).
+    """
+    return _loss(chunk, x_BTD, classifier_DV, targets_BT, weight_BT)
+
+
+def _chunks(chunk: int, x_BTD: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Time cut into N chunks of C positions: [N, B, C, ...]; the padding weighs 0."""
+    batch, time, _ = x_BTD.shape
+    size = min(time, max(1, chunk // batch))
+    padding = -time % size
+
+    def cut(array_BTX: jax.Array) -> jax.Array:
+        array_BTX = jnp.pad(array_BTX, [(0, 0), (0, padding)] + [(0, 0)] * (array_BTX.ndim - 2))
+        return array_BTX.reshape(batch, (time + padding) // size, size, *array_BTX.shape[2:]).swapaxes(0, 1)
+
+    return cut(x_BTD), cut(targets_BT), cut(weight_BT)
+
+
+def _chunk_loss(
+    x_BCD: jax.Array, classifier_DV: jax.Array, targets_BC: jax.Array, weight_BC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The chunk's weighted loss, its logits_BCV and their log-sum-exp."""
+    logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, classifier_DV, preferred_element_type=jnp.float32)
+    log_total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    target_logit_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    loss_BC = jnp.where(weight_BC == 0, 0, log_total_BC - target_logit_BC)  # padding's target may be any number
+    return jnp.sum(weight_BC * loss_BC), logits_BCV, log_total_BC
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(
+    chunk: int, x_BTD: jax.Array, classifier_DV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array
+) -> jax.Array:
+    low_DV = classifier_DV.astype(x_BTD.dtype)
+
+    def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x_BCD, targets_BC, weight_BC = part
+        return total + _chunk_loss(x_BCD, low_DV, targets_BC, weight_BC)[0], None
+
+    return lax.scan(add, jnp.float32(0), _chunks(chunk, x_BTD, targets_BT, weight_BT))[0]
+
+
+def _forward(
+    chunk: int, x_BTD: jax.Array, classifier_DV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    batch, time, width = x_BTD.shape
+    low_DV = classifier_DV.astype(x_BTD.dtype)
+
+    def add(
+        carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        total, classifier_grad_DV = carry
+        x_BCD, targets_BC, weight_BC = part
+        loss, logits_BCV, log_total_BC = _chunk_loss(x_BCD, low_DV, targets_BC, weight_BC)
+        is_target_BCV = targets_BC[..., None] == jnp.arange(low_DV.shape[1])
+        error_BCV = (jnp.exp(logits_BCV - log_total_BC[..., None]) - is_target_BCV) * weight_BC[..., None]
+        error_BCV = error_BCV.astype(x_BCD.dtype)
+        x_grad_BCD = jnp.einsum("BCV,DV->BCD", error_BCV, low_DV)
+        classifier_grad_DV += jnp.einsum("BCD,BCV->DV", x_BCD, error_BCV, preferred_element_type=jnp.float32)
+        return (total + loss, classifier_grad_DV), x_grad_BCD
+
+    start = (jnp.float32(0), jnp.zeros(classifier_DV.shape, jnp.float32))
+    (total, classifier_grad_DV), x_grad_NBCD = lax.scan(add, start, _chunks(chunk, x_BTD, targets_BT, weight_BT))
+    x_grad_BTD = x_grad_NBCD.swapaxes(0, 1).reshape(batch, -1, width)[:, :time]
+    return total, (x_grad_BTD, classifier_grad_DV)
+
+
+def _backward(chunk: int, gradients: tuple[jax.Array, jax.Array], loss_grad: jax.Array) -> tuple[jax.Array | None, ...]:
+    x_grad_BTD, classifier_grad_DV = gradients
+    return (x_grad_BTD * loss_grad).astype(x_grad_BTD.dtype), classifier_grad_DV * loss_grad, None, None
+
+
+_loss.defvjp(_forward, _backward)

@@ -1,0 +1,75 @@
+"""The mesh, and the one table from logical axes to mesh axes."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mosaics_jax import dims
+from mosaics_jax.config import MeshConfig
+
+# Weights: fsdp on the model width, tensor on heads, feed-forward and vocabulary. Every logical axis must stand here.
+RULES: dict[str, str | None] = {
+    dims.LAYER: None,
+    dims.MEMORY: None,
+    dims.WIDTH: dims.FSDP,
+    dims.HEADS: dims.TENSOR,
+    dims.HEAD_WIDTH: None,
+    dims.FFN: dims.TENSOR,
+    dims.VOCABULARY: dims.TENSOR,
+}
+
+# Activations and batches: rows over data and fsdp, time over sequence.
+BATCH = PartitionSpec((dims.DATA, dims.FSDP), dims.SEQUENCE)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp, sequence, tensor) of all devices."""
+    devices = jax.devices() if devices is None else devices
+    others = config.fsdp * config.sequence * config.tensor
+    data = len(devices) // others if config.data == -1 else config.data
+    if data * others != len(devices):
+        raise ValueError(
+            f"mesh is data {config.data} x fsdp {config.fsdp} x sequence {config.sequence} x tensor {config.tensor}, "
+            f"but there are {len(devices)} devices; legal: a product of {len(devices)}"
+        )
+    shape = (data, config.fsdp, config.sequence, config.tensor)
+    return Mesh(np.asarray(devices).reshape(shape), dims.MESH_AXES)
+
+
+def check_batch(mesh: Mesh, batch: int, accumulation: int) -> None:
+    """Raises ValueError where the rows of a micro-batch do not divide among the devices."""
+    shards = mesh.shape[dims.DATA] * mesh.shape[dims.FSDP]
+    if batch % (shards * accumulation):
+        raise ValueError(
+            f"data.batch is {batch}; legal: a multiple of mesh data x fsdp x run.accumulation = {shards * accumulation}"
+        )
+
+
+def parameter_shardings(mesh: Mesh, axes: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """A NamedSharding for every parameter, from its logical axes (`nn.model.parameter_axes`)."""
+
+    def sharding(path: Any, names: tuple[str, ...], shape: jax.ShapeDtypeStruct) -> NamedSharding:
+        unknown = [name for name in names if name not in RULES]
+        assert not unknown, f"{jax.tree_util.keystr(path)} has the axes {unknown}, which have no rule in RULES"
+        for name, size in zip(names, shape.shape, strict=True):
+            shards = mesh.shape[RULES[name]] if RULES[name] else 1
+            if size % shards:
+                raise ValueError(
+                    f"mesh.{RULES[name]} is {shards}, which does not divide the {name} axis of "
+                    f"{jax.tree_util.keystr(path)}, {size}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
+
+    return jax.tree_util.tree_map_with_path(sharding, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def count(values: Any) -> int:
+    """Numbers held by a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(values))

@@ -1,0 +1,131 @@
+"""One optimiser step and one evaluation step: pure functions of (state, batch)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mosaics_jax import visibility
+from mosaics_jax.config import Config, ModelConfig
+from mosaics_jax.data.source import Batch
+from mosaics_jax.loss import next_token_loss
+from mosaics_jax.nn import model as nn_model
+from mosaics_jax.nn.layers import Seed
+from mosaics_jax.nn.memory import Context
+from mosaics_jax.optimizer import learning_rate, make_optimizer
+
+Metrics = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes, or the shapes or shardings of it.
+
+    `step` counts batches read, `skipped` those among them that changed nothing else.
+    """
+
+    step: Any
+    skipped: Any
+    skipped_in_row: Any
+    params: Any
+    opt_state: Any
+
+
+def init_state(config: Config) -> TrainState:
+    """The state before the first step. Run it under jit with output shardings: nothing is then made whole anywhere."""
+    params = nn_model.to_values(nn_model.LanguageModel(config.model, config.run.seed))
+    opt_state = _optimizer(config).init(params)
+    zero = jnp.int32(0)
+    return TrainState(zero, zero, zero, params, opt_state)
+
+
+def draw_delay(config: Config, step: jax.Array) -> jax.Array:
+    """m ~ UniformInteger[delay_min, delay_max]: one draw of a step, shared by all layers and rows."""
+    key = jax.random.fold_in(Seed(config.run.seed).fold("delay").key(), step)
+    return jax.random.randint(key, (), config.model.delay_min, config.model.delay_max + 1)
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch) -> (state, metrics)`. Metrics are of the weights before the update.
+
+    A non-finite loss or gradient leaves weights and optimiser as they are, and is counted.
+    """
+    optimizer, schedule = _optimizer(config), learning_rate(config.optimizer, config.run.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        delay = draw_delay(config, state.step)
+        tokens = batch.weight.sum()
+        loss_sum, grads, health = _loss_and_grads(config, state.params, batch, delay)
+        scale = 1 / jnp.maximum(tokens, 1)
+        loss, grads = loss_sum * scale, jax.tree.map(lambda grad: grad * scale, grads)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        def update() -> tuple[dict[str, Any], optax.OptState]:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
+        skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.skipped),
+            "tokens": tokens,
+            "delay": delay,
+            "skipped": skipped,
+            "skipped_in_row": skipped_in_row,
+            "health": health,
+        }
+        return TrainState(state.step + 1, skipped, skipped_in_row, params, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(config: Config) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
+    """`eval_step(params, batch) -> (summed loss in nats, tokens predicted)`, with inference's delay."""
+
+    def eval_step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss_sum, _ = _loss_sum(params, config.model, config.run.loss_chunk, batch, config.model.delay_min)
+        return loss_sum, batch.weight.sum()
+
+    return eval_step
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, config.run.steps, nn_model.parameter_axes(config.model))
+
+
+def _loss_sum(
+    params: dict[str, Any], config: ModelConfig, chunk: int, batch: Batch, delay: jax.Array | int
+) -> tuple[jax.Array, Any]:
+    model = nn_model.from_values(config, params)
+    context = Context(visibility.document_start(batch.document), delay)
+    x_BTD, health = model.hidden(batch.tokens, context)
+    return next_token_loss(x_BTD, model.classifier[...], batch.targets, batch.weight, chunk), health
+
+
+def _loss_and_grads(
+    config: Config, params: dict[str, Any], batch: Batch, delay: jax.Array
+) -> tuple[jax.Array, dict[str, Any], Any]:
+    """The loss and gradients summed over micro-batches, and the health of the memories over all of them.
+
+    Micro-batch a is rows a, a + A, ...: each device splits its own rows, and none travels.
+    """
+    count = config.run.accumulation
+
+    def split(rows: jax.Array) -> jax.Array:
+        return rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)
+
+    def add(carry: tuple[jax.Array, dict[str, Any]], micro: Batch) -> tuple[tuple[jax.Array, dict[str, Any]], Any]:
+        (loss, health), grads = jax.value_and_grad(_loss_sum, has_aux=True)(
+            params, config.model, config.run.loss_chunk, micro, delay
+        )
+        return jax.tree.map(jnp.add, carry, (loss, grads)), health
+
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    (loss_sum, grads), health = lax.scan(add, zeros, jax.tree.map(split, batch))
+    return loss_sum, grads, health

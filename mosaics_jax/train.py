@@ -1,0 +1,238 @@
+"""The training loop: the order of operations, and no math.
+
+The order, which matters: make or restore the state -> for every step: put the batch on the mesh, dispatch the step,
+read the metrics of the step before (so the device never waits for the host), evaluate, save. The data iterator has no
+state: it starts where the restored step says.
+"""
+
+import itertools
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mosaics_jax import checkpoint, metrics, sharding
+from mosaics_jax.config import Config
+from mosaics_jax.data.pipeline import batches
+from mosaics_jax.data.source import Batch, Manifest, Rows
+from mosaics_jax.data.tokenizer import load_tokenizer
+from mosaics_jax.nn.model import parameter_axes
+from mosaics_jax.step import TrainState, init_state, make_eval_step, make_train_step
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on: too many steps in a row had a non-finite loss or gradient."""
+
+
+def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Trains until `run.steps`, resuming whatever `workdir` holds; returns the last evaluation.
+
+    SIGTERM saves a checkpoint and returns early. Raises ValueError for what the user can mend, and TrainingStopped.
+    """
+    workdir = pathlib.Path(workdir)
+    manifest = Manifest.load(config.data.path)
+    if manifest.vocabulary > config.model.vocabulary:
+        raise ValueError(
+            f"model.vocabulary is {config.model.vocabulary}, but the corpus {config.data.path} has token ids up to "
+            f"{manifest.vocabulary - 1}; set --config.model.vocabulary={manifest.vocabulary} or more"
+        )
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.data.batch, config.run.accumulation)
+    Rows(manifest, "train", config.data.context)  # both splits are checked before anything is made
+    _valid_batches(config, manifest)
+    record = checkpoint.RunRecord(config.to_dict(), manifest.fingerprint, 0)
+    checkpoints = _open_workdir(workdir, config, manifest, record)
+    try:
+        state, first_step = _make_state(config, mesh, checkpoints, record)
+        return _Loop(config, workdir, manifest, mesh, checkpoints, record).run(state, first_step)
+    finally:
+        checkpoints.close()
+
+
+def _open_workdir(
+    workdir: pathlib.Path, config: Config, manifest: Manifest, record: checkpoint.RunRecord
+) -> checkpoint.Checkpoints:
+    """Makes the workdir, or checks that the run it holds is this one."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / "config.json").exists():
+        checkpoint.check_same_run(checkpoint.read_run_record(workdir), record, str(workdir))
+    if jax.process_index() == 0:
+        load_tokenizer(manifest.tokenizer_directory).save(workdir / "tokenizer")
+        checkpoint.write_run_record(workdir, record)
+    return checkpoint.Checkpoints(workdir, config.checkpoint)
+
+
+def _make_state(
+    config: Config, mesh: Mesh, checkpoints: checkpoint.Checkpoints, record: checkpoint.RunRecord
+) -> tuple[TrainState, int]:
+    """The state to start from, created in its shardings, and its step."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    shardings = state_shardings(config, mesh, shapes)
+    step = checkpoints.latest()
+    if step is None:
+        return jax.jit(lambda: init_state(config), out_shardings=shardings)(), 0
+    checkpoint.check_same_run(checkpoints.record(step), record, f"checkpoint {step}")
+    abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    return checkpoints.restore(step, abstract), step
+
+
+def state_shardings(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
+    """Shardings of a train state: the optimiser's moments lie as their parameters do, counters everywhere."""
+    params = sharding.parameter_shardings(mesh, parameter_axes(config.model), shapes.params)
+    structure: Any = jax.tree.structure(shapes.params)
+
+    def like_params(node: Any) -> bool:
+        return bool(structure == jax.tree.structure(node))
+
+    opt_state = jax.tree.map(
+        lambda node: params if like_params(node) else sharding.replicated(mesh), shapes.opt_state, is_leaf=like_params
+    )
+    everywhere = sharding.replicated(mesh)
+    return TrainState(everywhere, everywhere, everywhere, params, opt_state)
+
+
+def _valid_batches(config: Config, manifest: Manifest) -> Iterator[Batch]:
+    one_pass = batches(
+        manifest, "valid", context=config.data.context, batch=config.data.batch, seed=0, shuffle=False, repeat=False,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    return itertools.islice(one_pass, config.run.eval_batches)
+
+
+class _Loop:
+    """One process's part of the run, from a state to the last step."""
+
+    def __init__(
+        self, config: Config, workdir: pathlib.Path, manifest: Manifest, mesh: Mesh,
+        checkpoints: checkpoint.Checkpoints, record: checkpoint.RunRecord,
+    ):  # fmt: skip
+        self._config, self._workdir, self._manifest = config, workdir, manifest
+        self._checkpoints, self._record = checkpoints, record
+        self._batch_sharding = NamedSharding(mesh, sharding.BATCH)
+        self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
+        self._eval_step = jax.jit(make_eval_step(config))
+        self._stop_signal = False
+
+    def run(self, state: TrainState, first_step: int) -> dict[str, Any]:
+        config = self._config
+        self._writer = metrics.MetricWriter(self._workdir, config.run.steps, first_step)
+        self._announce(state, first_step)
+        rows = batches(
+            self._manifest, "train", context=config.data.context, batch=config.data.batch, seed=config.data.seed,
+            start_batch=first_step, workers=config.data.workers, prefetch=config.data.prefetch,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        try:
+            with jax.transfer_guard("disallow"):
+                return self._steps(state, first_step, rows)
+        finally:
+            signal.signal(signal.SIGTERM, previous_handler)
+            rows.close()  # type: ignore[attr-defined]
+            self._writer.close()
+
+    def _steps(self, state: TrainState, first_step: int, rows: Iterator[Batch]) -> dict[str, Any]:
+        run, every = self._config.run, self._config.checkpoint.every
+        evaluation: dict[str, Any] = {}
+        pending: Any = None
+        self._clock, self._clock_step, self._first_step = time.perf_counter(), first_step, first_step
+        for step in range(first_step, run.steps):
+            state, raw = self._train_step(state, self._put(next(rows)))
+            self._report(step, pending)  # the step before's: the device works on this one meanwhile
+            pending = raw
+            done = step + 1
+            if done % run.eval_every == 0 or done == run.steps or self._stop_signal:
+                self._report(done, pending)
+                pending = None
+            if done % run.eval_every == 0 or done == run.steps:
+                evaluation = self._evaluate(state.params, done)
+            if done % every == 0 or done == run.steps or self._stop_signal:
+                self._save(state, done)
+            if self._stop_signal:
+                self._checkpoints.wait()
+                self._writer.say(f"SIGTERM: saved step {done}; the same command resumes")
+                return evaluation
+        self._checkpoints.wait()
+        return evaluation or self._evaluate(state.params, run.steps)
+
+    def _put(self, batch: Batch) -> Batch:
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._batch_sharding, rows), batch)
+
+    def _report(self, step: int, raw: Any) -> None:
+        """Reads and writes the metrics of the step that ended as number `step` (counted from 1)."""
+        if raw is None:
+            return
+        raw = jax.device_get(raw)
+        if raw["skipped_in_row"] >= self._config.run.max_skipped:
+            first = step - self._config.run.max_skipped + 1
+            raise TrainingStopped(
+                f"the loss or gradient was not finite in all of steps {first} to {step}; the last checkpoint is step "
+                f"{self._checkpoints.latest()}. Lower optimizer.peak_learning_rate, or look at those rows"
+            )
+        first = self._clock_step == self._first_step  # its time holds the compilation: the clock starts anew after it
+        if step % self._config.run.log_every and step != self._config.run.steps and not first:
+            self._writer.advance(step, None)
+            return
+        now = time.perf_counter()
+        seconds = (now - self._clock) / max(1, step - self._clock_step)
+        self._clock, self._clock_step = now, step
+        record = metrics.summarise(self._config, step, raw, seconds, self._manifest.split("train").bytes_per_prediction)
+        self._writer.write("train", record)
+        self._writer.advance(step, record)
+
+    def _evaluate(self, params: Any, step: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        sums = [self._eval_step(params, self._put(batch)) for batch in _valid_batches(self._config, self._manifest)]
+        loss_sum, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        split = self._manifest.split("valid")
+        loss = float(loss_sum) / max(1.0, float(tokens))
+        record = {
+            "step": step,
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) / split.bytes_per_prediction,
+            "bigram_bits_per_byte": split.bigram_entropy,
+            "tokens": int(tokens),
+            "seconds": time.perf_counter() - start,
+        }
+        self._writer.write("eval", record)
+        self._writer.say(
+            f"step {step}: validation {record['bits_per_byte']:.3f} bits per byte "
+            f"(bigram entropy of the same text: {split.bigram_entropy:.3f})"
+        )
+        self._clock += time.perf_counter() - start  # evaluation is not training time
+        return record
+
+    def _save(self, state: TrainState, step: int) -> None:
+        if self._checkpoints.latest() != step:
+            rows_read = step * self._config.data.batch
+            self._checkpoints.save(
+                state, step, checkpoint.RunRecord(self._record.config, self._record.manifest, rows_read)
+            )
+
+    def _announce(self, state: TrainState, first_step: int) -> None:
+        config = self._config
+        train_split = self._manifest.split("train")
+        if first_step >= config.run.steps:
+            self._writer.say(f"{self._workdir} is finished: {first_step} steps; take another --workdir to train anew")
+        elif first_step:
+            self._writer.write("resume", {"step": first_step})
+            self._writer.say(f"resuming {self._workdir} at step {first_step} of {config.run.steps}")
+        self._writer.say(
+            f"{config.model.architecture} with {sharding.count(state.params):,} parameters; "
+            f"{train_split.tokens:,} training tokens in {train_split.documents:,} documents; "
+            f"{config.data.batch * config.data.context:,} tokens a step on {jax.device_count()} "
+            f"{jax.devices()[0].device_kind} device(s)"
+        )
+        least, most = self._manifest.documents_longer_than("train", config.data.context)
+        cut = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        self._writer.say(f"{cut} documents are longer than the context of {config.data.context} and are cut")
+        self._writer.say(metrics.MFU_FORMULA)
+
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        self._stop_signal = True

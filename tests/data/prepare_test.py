@@ -1,0 +1,291 @@
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import os
+import pathlib
+import re
+import sysconfig
+
+import numpy as np
+import pytest
+import zstandard
+
+from mosaics_jax.data.prepare import prepare
+from mosaics_jax.data.source import Manifest, verify
+from mosaics_jax.data.tokenizer import ByteTokenizer, load_tokenizer, make_tokenizer
+
+TEXTS = [f"Document {i}: naïve 你好 <|begin_of_text|> " + "word " * i for i in range(40)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)), encoding="utf-8"
+    )
+    return str(path)
+
+
+def one_held_out(*texts: bytes) -> float:
+    """The valid_fraction at which exactly one of `texts` is held out, by the rule that decides it."""
+    draws = sorted(int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64 for text in texts)
+    return (draws[0] + draws[1]) / 2
+
+
+def read_tokens(manifest: Manifest, split: str) -> np.ndarray:
+    kind = {"uint16": "<u2", "uint32": "<u4"}[manifest.dtype]
+    files = [manifest.directory / shard.file for shard in manifest.splits[split].shards]
+    return np.concatenate([np.frombuffer(file.read_bytes(), kind) for file in files])
+
+
+def read_documents(manifest: Manifest, split: str) -> list[str]:
+    """The split's texts, taken back from its shards."""
+    tokenizer = load_tokenizer(manifest.tokenizer_directory)
+    tokens = read_tokens(manifest, split)
+    starts, ends = np.flatnonzero(tokens == manifest.begin), np.flatnonzero(tokens == manifest.end)
+    np.testing.assert_array_equal(starts, [0, *(ends[:-1] + 1)])
+    assert ends[-1] == tokens.size - 1
+    return [tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(starts, ends, strict=True)]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_the_texts_come_back_and_the_manifest_counts_them(corpus, tmp_path, tokenizer):
+    made = prepare([corpus], str(tmp_path / "out"), tokenizer, valid_fraction=0.3, shard_tokens=1000)
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest == made
+    assert manifest.fingerprint == made.fingerprint
+    verify(manifest)
+    parts = {split: read_documents(manifest, split) for split in ("train", "valid")}
+    assert sorted(parts["train"] + parts["valid"]) == sorted(TEXTS)
+    assert parts["train"] == [text for text in TEXTS if text in parts["train"]]  # in the order of the input
+    for name, texts in parts.items():
+        split = manifest.splits[name]
+        assert split.documents == len(texts) > 3
+        assert split.bytes == sum(len(text.encode()) for text in texts)
+        assert split.tokens == read_tokens(manifest, name).size == sum(shard.tokens for shard in split.shards)
+        assert [shard.tokens for shard in split.shards[:-1]] == [1000] * (len(split.shards) - 1)
+        assert sum(split.document_lengths.values()) == split.documents
+    assert len(manifest.splits["train"].shards) > 1
+    assert manifest.vocabulary == load_tokenizer(manifest.tokenizer_directory).vocabulary
+    assert manifest.arguments["tokenizer"] == tokenizer
+    assert sorted(os.listdir(tmp_path)) == ["out", "texts.jsonl"]
+
+
+def test_document_lengths_and_bigram_entropy_by_hand(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = {"a": "x", "b": "ab", "c": "aab", "d": "abababab"}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    fraction = one_held_out(*(text.encode() for text in texts.values()))
+    manifest = prepare([str(folder)], str(tmp_path / "out"), valid_fraction=fraction)
+    assert manifest.splits["valid"].documents == 1
+    lengths = {3: 4, 4: 4, 5: 8, 10: 16}  # with both ends -> the power of two that holds it
+    for name in ("train", "valid"):
+        split = manifest.splits[name]
+        expected: dict[int, int] = {}
+        pairs: dict[str, dict[str, int]] = {}
+        for text in read_documents(manifest, name):
+            power = lengths[len(text) + 2]
+            expected[power] = expected.get(power, 0) + 1
+            for previous, following in itertools.pairwise(text):
+                pairs.setdefault(previous, {}).setdefault(following, 0)
+                pairs[previous][following] += 1
+        assert split.document_lengths == expected
+        total = sum(sum(nexts.values()) for nexts in pairs.values())
+        entropy = -sum(n * np.log2(n / sum(nexts.values())) for nexts in pairs.values() for n in nexts.values())
+        assert split.bigram_entropy == pytest.approx(entropy / max(total, 1), abs=1e-12)
+
+
+def test_held_out_documents_do_not_depend_on_company_or_tokenizer(corpus, tmp_path):
+    extra = tmp_path / "extra.txt"
+    extra.write_text("one more document")
+    alone = prepare([corpus], str(tmp_path / "a"), valid_fraction=0.3)
+    joined = prepare([str(extra), corpus, corpus], str(tmp_path / "b"), "bpe:290", valid_fraction=0.3)
+    assert set(read_documents(alone, "valid")) == set(read_documents(joined, "valid")) - {"one more document"}
+    assert not set(read_documents(joined, "train")) & set(read_documents(joined, "valid"))
+
+
+def test_the_same_input_gives_the_same_corpus(corpus, tmp_path):
+    first = prepare([corpus], str(tmp_path / "a"), "bpe:300", valid_fraction=0.3)
+    again = prepare([corpus], str(tmp_path / "b"), "bpe:300", valid_fraction=0.3)
+    other = prepare([corpus], str(tmp_path / "c"), "bpe:301", valid_fraction=0.3)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_the_trained_vocabulary_does_not_see_held_out_text(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    texts = [f"train and valid {i}" for i in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    manifest = prepare([str(path)], str(tmp_path / "a"), "bpe:270", valid_fraction=0.3)
+    same = make_tokenizer("bpe:270", read_documents(manifest, "train"))
+    assert same.fingerprint == manifest.tokenizer_fingerprint
+
+
+def test_wide_ids_take_four_bytes(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "vocabulary", 2**16 + 1)
+    monkeypatch.setattr(ByteTokenizer, "end", 2**16)
+    manifest = prepare([corpus], str(tmp_path / "out"), valid_fraction=0.3)
+    assert manifest.dtype == "uint32"
+    tokens = read_tokens(manifest, "train")
+    assert (tokens == 2**16).sum() == manifest.splits["train"].documents
+    size = sum((manifest.directory / shard.file).stat().st_size for shard in manifest.splits["train"].shards)
+    assert size == 4 * manifest.splits["train"].tokens
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
+def test_compressed_lines(corpus, tmp_path, suffix):
+    content = pathlib.Path(corpus).read_bytes()
+    path = tmp_path / f"packed{suffix}"
+    path.write_bytes(_compress(content, suffix))
+    assert len(content) > 1000
+    expected = prepare([corpus], str(tmp_path / "a"), valid_fraction=0.3)
+    assert prepare([str(path)], str(tmp_path / "b"), valid_fraction=0.3).fingerprint == expected.fingerprint
+
+
+def _compress(content: bytes, suffix: str) -> bytes:
+    if suffix.endswith(".gz"):
+        return gzip.compress(content)
+    if suffix.endswith(".xz"):
+        return lzma.compress(content)
+    if suffix.endswith(".zst"):  # two frames, as appending tools write them
+        return zstandard.compress(content[:1000]) + zstandard.compress(content[1000:])
+    return content
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_damaged_compressed_files_are_named(tmp_path, suffix):
+    content = np.random.default_rng(0).integers(97, 123, 50_000).astype(np.uint8).tobytes()
+    path = tmp_path / f"text.txt{suffix}"
+    whole = _compress(content, suffix)
+    for damaged in (whole[: len(whole) // 2], b"not compressed at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))}' cannot be read .*the file is damaged"):
+            prepare([str(path)], str(tmp_path / "out"))
+    path.write_bytes(whole)
+    other = tmp_path / "other.md"
+    other.write_text("x")
+    manifest = prepare([str(path), str(other)], str(tmp_path / "out"), valid_fraction=one_held_out(content, b"x"))
+    assert sum(split.bytes for split in manifest.splits.values()) == len(content) + 1
+
+
+def test_a_folder_is_its_text_source_files_sorted(tmp_path):
+    folder = tmp_path / "in"
+    for name in ("b/two.py", "a/one.md", "c.txt", "d.bin", ".hidden.py", ".git/x.py", "__pycache__/y.py", "e.parquet"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"I am {name}\r\n", newline="")
+    (folder / "empty.py").write_text("")
+    expected = [f"I am {name}\r\n" for name in ("a/one.md", "b/two.py", "c.txt")]
+    fraction = one_held_out(*(text.encode() for text in expected))
+    manifest = prepare([str(folder)], str(tmp_path / "out"), valid_fraction=fraction)
+    both = read_documents(manifest, "train") + read_documents(manifest, "valid")
+    assert sorted(both) == expected
+    assert manifest.skipped == {"empty": 1, "not_utf8": 0}
+    assert oct(manifest.directory.stat().st_mode) == oct(folder.stat().st_mode)
+
+
+def test_the_default_corpus_is_the_standard_library(tmp_path, monkeypatch):
+    manifest = prepare(["python"], str(tmp_path / "real"), max_bytes=500_000, valid_fraction=0.1)
+    size = sum(split.bytes for split in manifest.splits.values())
+    assert 300_000 < size <= 500_000
+
+    stdlib = tmp_path / "lib"
+    (stdlib / "site-packages").mkdir(parents=True)
+    for name in ("a.py", "b.py", "c.py", "site-packages/d.py", "e.md"):
+        (stdlib / name).write_text(f"# {name}")
+    (stdlib / "latin.py").write_bytes(b"# \xe9")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(stdlib)})
+    manifest = prepare(["python"], str(tmp_path / "out"), valid_fraction=one_held_out(b"# a.py", b"# b.py", b"# c.py"))
+    assert sorted(read_documents(manifest, "train") + read_documents(manifest, "valid")) == [
+        "# a.py",
+        "# b.py",
+        "# c.py",
+    ]
+    assert manifest.skipped == {"empty": 0, "not_utf8": 1}
+
+
+def test_max_bytes_takes_whole_documents(corpus, tmp_path):
+    sizes = np.cumsum([len(text.encode()) for text in TEXTS])
+    manifest = prepare([corpus], str(tmp_path / "out"), valid_fraction=0.3, max_bytes=int(sizes[20]))
+    assert sum(split.documents for split in manifest.splits.values()) == 21
+    with pytest.raises(ValueError, match="max_bytes is 3, but the first document has"):
+        prepare([corpus], str(tmp_path / "less"), max_bytes=3)
+
+
+def test_progress_reaches_the_end(corpus, tmp_path):
+    calls = []
+    manifest = prepare([corpus], str(tmp_path / "out"), valid_fraction=0.3, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (len(TEXTS), sum(split.bytes for split in manifest.splits.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"abc\xff", r"a.txt' is not UTF-8 at byte 3"),
+        ("a.txt", b"", r"a.txt' holds no documents with text"),
+        ("a.jsonl", b"", r"a.jsonl' holds no documents with text"),
+        ("a.jsonl", b'{"text": ""}\n', r"a.jsonl' holds no documents with text"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3' is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"content": "b"}\n', r"a.jsonl:2' is not an object with a string \"text\""),
+        ("a.jsonl", b'{"text": 7}\n', r"a.jsonl:1' is not an object with a string \"text\""),
+        ("a.jsonl", b'["text"]\n', r"a.jsonl:1' is not an object with a string \"text\""),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1' is not UTF-8 at byte 10 of the line"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1' holds half of a surrogate pair"),
+        ("a.parquet", b"x", r"a.parquet' is of a format that is not read; read are .txt and .jsonl"),
+        ("a.py.gz", b"x", r"a.py.gz' is of a format that is not read"),
+        ("a", b"x", r"a' is of a format that is not read"),
+    ],
+)
+def test_a_bad_input_is_named_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare([str(tmp_path / name)], str(tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == [name]  # neither output nor leftovers
+
+
+def test_bad_folders_and_lists(tmp_path):
+    (tmp_path / "in").mkdir()
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"in' holds no text source files"):
+        prepare([str(tmp_path / "in")], out)
+    (tmp_path / "in" / "a.c").write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=r"a.c' is not UTF-8 at byte 0"):
+        prepare([str(tmp_path / "in")], out)
+    with pytest.raises(ValueError, match=r"no inputs; give files"):
+        prepare([], out)
+    for tokenizer in ("bytes", "bpe:300"):
+        with pytest.raises(ValueError, match=r"absent' does not exist"):
+            prepare([str(tmp_path / "absent")], out, tokenizer)
+
+
+def test_an_empty_split_says_what_to_change(corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"1e-09.*valid split of 40 documents empty; raise valid_fraction"):
+        prepare([corpus], str(tmp_path / "out"), valid_fraction=1e-9)
+    with pytest.raises(ValueError, match=r"train split of 40 documents empty; lower valid_fraction"):
+        prepare([corpus], str(tmp_path / "out"), valid_fraction=1 - 1e-9)
+    for bad in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match=rf"valid_fraction is {bad}; legal"):
+            prepare([corpus], str(tmp_path / "out"), valid_fraction=bad)
+    for name in ("shard_tokens", "max_bytes"):
+        with pytest.raises(ValueError, match=f"{name} is 0; legal"):
+            prepare([corpus], str(tmp_path / "out"), **{name: 0})
+    assert os.listdir(tmp_path) == ["texts.jsonl"]
+
+
+def test_what_is_already_written_is_never_lost(corpus, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare([corpus], str(out), valid_fraction=0.3)  # an empty directory may be there
+    before = {file: (out / file).stat().st_mtime_ns for file in os.listdir(out)}
+    with pytest.raises(ValueError, match=r"out' already holds a prepared corpus; remove it or name another"):
+        prepare([corpus], str(out), valid_fraction=0.3)
+    assert {file: (out / file).stat().st_mtime_ns for file in os.listdir(out)} == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    for taken in ("full", "texts.jsonl"):
+        with pytest.raises(ValueError, match="exists and is not an empty directory"):
+            prepare([corpus], str(tmp_path / taken), valid_fraction=0.3)

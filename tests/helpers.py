@@ -1,0 +1,49 @@
+"""A corpus and a config small enough that a training step takes milliseconds."""
+
+import pathlib
+import random
+from typing import Any
+
+from mosaics_jax import config as config_lib
+from mosaics_jax.data.prepare import prepare
+from mosaics_jax.data.source import Manifest
+
+_WORDS = ("the", "memory", "reads", "a", "key", "and", "value", "from", "past", "it", "keeps", "what", "has", "seen")
+
+
+def make_corpus(directory: pathlib.Path, documents: int = 60, seed: int = 0) -> Manifest:
+    """Short documents of made-up sentences, with a sixth of them held out."""
+    draw = random.Random(seed)
+    text = directory / "text.txt"
+    folder = directory / "documents"
+    folder.mkdir(parents=True)
+    for number in range(documents):
+        words = (draw.choice(_WORDS) for _ in range(draw.randint(1, 40)))
+        (folder / f"{number}.txt").write_text(" ".join(words), encoding="utf-8")
+    assert not text.exists()
+    return prepare([str(folder)], str(directory / "corpus"), valid_fraction=1 / 6)
+
+
+def tiny_config(corpus: pathlib.Path | str = "", **changes: Any) -> config_lib.Config:
+    """One layer of width 16 on rows of 32; `changes` are "section.field": value."""
+    values = config_lib.Config().to_dict()
+    values["model"] |= {
+        "vocabulary": 258, "layers": 2, "width": 16, "heads": 2, "ffn_width": 24, "window": 8, "delay_min": 2,
+        "delay_max": 6, "compute_dtype": "float32", "remat": "none",
+    }  # fmt: skip
+    values["data"] |= {"path": str(corpus), "context": 32, "batch": 4}
+    values["optimizer"] |= {"peak_learning_rate": 1e-2, "warmup_steps": 2}
+    values["run"] |= {"steps": 8, "log_every": 2, "eval_every": 4, "eval_batches": 2, "loss_chunk": 64}
+    values["checkpoint"] |= {"every": 3}
+    for name, value in changes.items():
+        section, field = name.split(".")
+        assert field in values[section], name
+        values[section][field] = value
+    return config_lib.Config.from_dict(values)
+
+
+def command_line(config: config_lib.Config) -> list[str]:
+    """A recipe, and every field of `config` as an override of it."""
+    return ["--config=configs/tiny.py"] + [
+        f"--config.{s}.{f}={value}" for s, fields in config.to_dict().items() for f, value in fields.items()
+    ]

@@ -1,0 +1,125 @@
+"""The commands as a user meets them: help, and every mistake answered in one line with exit code 2."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import helpers
+import pytest
+
+from mosaics_jax.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _run(module: str, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"launch.{module}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def _assert_user_error(result: subprocess.CompletedProcess, pattern: str) -> None:
+    lines = [line for line in result.stderr.splitlines() if not re.match(r"[IWE]\d{4} ", line)]  # absl's log
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert re.match(f"error: .*{pattern}", lines[0]), lines[0]
+
+
+@pytest.fixture(scope="module")
+def workdir(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    train(helpers.tiny_config(corpus, **{"run.steps": 2, "optimizer.warmup_steps": 1}), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("module", ["prepare", "train", "generate", "export", "bench"])
+def test_help_documents_every_flag(module: str) -> None:
+    result = _run(module, "--help")
+    assert result.returncode == 1  # absl's code for help
+    source = (ROOT / "launch" / f"{module}.py").read_text()
+    for flag in re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source):
+        assert re.search(rf"--(\[no\])?{flag}:", result.stdout), flag
+    if module == "train":
+        assert "--config.optimizer.peak_learning_rate (default 0.0003)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--workdr=x"], "Unknown command line flag 'workdr'.*Did you mean: workdir"),
+        ([], "--workdir is not set"),
+        (["--workdir=x", "extra"], "unexpected argument 'extra'"),
+        (["--workdir=x"], "--config is not set; legal: a config file, such as configs/tiny.py"),
+        (["--workdir=x", "--config=configs/tyni.py"], "configs/tyni.py"),
+        (["--workdir=x", "--config.model.layer=3"], 'Did you mean "layers"'),
+        (["--workdir=x", "--config.model.layers=three"], "config.model.layers"),
+        (["--workdir=x", "--config.model.heads=3"], "model.heads is 3, which does not divide model.width = 128"),
+        (["--workdir=x", "--config.data.context=32"], "data.context is 32, shorter than the window"),
+        (["--workdir=x", "--config.data.path=nowhere"], "no prepared corpus: 'nowhere'.*launch.prepare"),
+    ],
+)
+def test_mistakes_of_train(arguments: list[str], pattern: str) -> None:
+    tiny = ["--config=configs/tiny.py"] if any("--config." in argument for argument in arguments) else []
+    _assert_user_error(_run("train", *tiny, *arguments), pattern)
+    assert not (ROOT / "x").exists()
+
+
+def test_a_truncated_shard_is_refused_before_training(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    shard = tmp_path / "corpus" / "train-00000.tokens"
+    os.truncate(shard, shard.stat().st_size - 10)
+    arguments = helpers.command_line(helpers.tiny_config(tmp_path / "corpus"))
+    _assert_user_error(_run("train", f"--workdir={tmp_path}/run", *arguments), "train-00000.tokens")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pattern"),
+    [
+        ("absent.txt", None, "absent.txt"),
+        ("empty.txt", b"", "empty.txt|no document"),
+        ("latin.txt", b"caf\xe9 au lait", r"latin.txt.*byte 3"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad.jsonl.*2"),
+        ("no_text.jsonl", b'{"txt": "a"}\n', r"no_text.jsonl.*text"),
+        ("table.parquet", b"PAR1", r"table.parquet.*\.jsonl"),
+    ],
+)
+def test_mistakes_of_prepare(tmp_path: pathlib.Path, name: str, content: bytes | None, pattern: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    output = tmp_path / "out"
+    _assert_user_error(_run("prepare", f"--input={tmp_path / name}", f"--output={output}"), f"(?:{pattern})")
+    assert not output.exists()
+
+
+def test_prepare_never_overwrites(corpus: pathlib.Path) -> None:
+    before = (corpus / "manifest.json").read_bytes()
+    _assert_user_error(_run("prepare", f"--output={corpus}"), re.escape(str(corpus)))
+    assert (corpus / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("module", ["generate", "export"])
+def test_a_workdir_without_a_run(module: str, tmp_path: pathlib.Path) -> None:
+    _assert_user_error(_run(module, f"--workdir={tmp_path}", f"--{'output' if module == 'export' else 'prompt'}=x"), "")
+    _assert_user_error(_run(module), "--workdir")
+
+
+def test_generate_and_export_a_run(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = _run("generate", f"--workdir={workdir}", "--prompt=the ", "--prompt=", "--max_new_tokens=5")
+    assert result.returncode == 0, result.stderr
+    assert "--- 2 ---" in result.stdout
+    result = _run("export", f"--workdir={workdir}", f"--output={tmp_path}/export", "--without_long_term")
+    assert result.returncode == 0, result.stderr
+    assert "read back bit for bit" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer",
+    ]  # fmt: skip
+    _assert_user_error(_run("generate", f"--workdir={workdir}", "--top_p=2"), "top_p is 2")
+
+
+def test_a_half_written_checkpoint(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "params")
+    _assert_user_error(_run("generate", f"--workdir={tmp_path}/run"), r"checkpoints/2 cannot be read")

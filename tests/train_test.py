@@ -1,0 +1,204 @@
+"""The loop: files it leaves, exact resumption, refusals, signals, and SIGKILL at arbitrary moments."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import helpers
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import mosaics_jax
+from mosaics_jax import train as train_lib
+from mosaics_jax.data.source import Batch
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run of 8 steps without any trouble."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train_lib.train(helpers.tiny_config(corpus), workdir)
+    return workdir
+
+
+def _records(workdir: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def _weights(workdir: pathlib.Path, out: pathlib.Path) -> dict[str, np.ndarray]:
+    mosaics_jax.save_safetensors(mosaics_jax.load(workdir)[0], out)
+    return load_file(out / "model.safetensors")
+
+
+def _assert_same_weights(a: pathlib.Path, b: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    first, second = _weights(a, tmp_path / "a"), _weights(b, tmp_path / "b")
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def test_what_a_run_leaves(finished: pathlib.Path) -> None:
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.is_dir()) == ["3", "6", "8"]
+    assert (finished / "config.json").is_file()
+    assert list((finished / "tensorboard").glob("events*"))
+    steps = _records(finished, "train")
+    assert [record["step"] for record in steps] == [1, 2, 4, 6, 8]
+    last = steps[-1]
+    assert last["mfu"] == "unknown"  # a CPU has no published peak
+    assert {"loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second", "delay"} <= last.keys()
+    for memory in ("short", "long"):
+        for name in ("bandwidth", "decay", "log_gate"):
+            values = [last[f"health/{memory}/{name}_{which}"] for which in ("min", "mean", "max")]
+            assert values == sorted(values)
+        assert 0 < last[f"health/{memory}/decay_min"] <= last[f"health/{memory}/decay_max"] <= 1
+    evaluations = _records(finished, "eval")
+    assert [record["step"] for record in evaluations] == [4, 8]
+    assert evaluations[-1]["bits_per_byte"] < evaluations[0]["bits_per_byte"]
+
+
+def test_a_finished_run_trains_no_more(corpus: pathlib.Path, finished: pathlib.Path) -> None:
+    before = len(_records(finished, "train"))
+    evaluation = train_lib.train(helpers.tiny_config(corpus), finished)
+    assert evaluation["bits_per_byte"] == _records(finished, "eval")[1]["bits_per_byte"]
+    assert len(_records(finished, "train")) == before
+    assert _records(finished, "resume") == []
+
+
+def test_resuming_is_exact(corpus: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Everything after step 3 is lost; the same command makes the same weights, reading in another thread or not."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for step in ("6", "8"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    (workdir / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()  # what a save that was killed leaves
+    train_lib.train(helpers.tiny_config(corpus, **{"data.prefetch": 1, "run.log_every": 1}), workdir)
+    assert [record["step"] for record in _records(workdir, "resume")] == [3]
+    _assert_same_weights(workdir, finished, tmp_path)
+    old = {record["step"]: record["loss"] for record in _records(finished, "train")}
+    new = {record["step"]: record["loss"] for record in _records(workdir, "train")[5:]}
+    assert new[6] == old[6]
+    assert new[8] == old[8]
+
+
+def test_a_changed_config_is_refused_by_name(corpus: pathlib.Path, finished: pathlib.Path) -> None:
+    changed = helpers.tiny_config(corpus, **{"optimizer.peak_learning_rate": 0.5, "model.layers": 3})
+    with pytest.raises(ValueError, match=r"model.layers: 2 -> 3; optimizer.peak_learning_rate: 0.01 -> 0.5"):
+        train_lib.train(changed, finished)
+
+
+def test_a_changed_corpus_is_refused(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    helpers.make_corpus(tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"was trained on another corpus .*--config.data.path"):
+        train_lib.train(helpers.tiny_config(tmp_path / "corpus"), finished)
+
+
+def test_a_damaged_checkpoint_is_named(corpus: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8" / "params")
+    with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read .*move that directory away"):
+        mosaics_jax.load(workdir)
+    config = helpers.tiny_config(corpus)
+    with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read"):
+        train_lib.train(config, workdir)
+    shutil.move(workdir / "checkpoints" / "8", tmp_path / "damaged")
+    train_lib.train(config, workdir)
+    _assert_same_weights(workdir, finished, tmp_path)
+
+
+def test_a_vocabulary_too_small_is_refused(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r"model.vocabulary is 100, .* --config.model.vocabulary=258 or more"):
+        train_lib.train(helpers.tiny_config(corpus, **{"model.vocabulary": 100}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_without_a_run(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        mosaics_jax.load(tmp_path)
+
+
+def test_too_many_bad_steps_stop_the_run(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_lib.batches
+
+    def spoiled(*args: Any, **kwargs: Any):
+        for number, batch in enumerate(real(*args, **kwargs)):
+            bad = args[1] == "train" and number >= 2
+            yield Batch(*batch[:-1], np.full_like(batch.weight, np.nan)) if bad else batch
+
+    monkeypatch.setattr(train_lib, "batches", spoiled)
+    with pytest.raises(train_lib.TrainingStopped, match=r"not finite in all of steps 3 to 5"):
+        train_lib.train(helpers.tiny_config(corpus, **{"run.max_skipped": 3, "run.log_every": 1}), tmp_path / "run")
+    assert [record["skipped"] for record in _records(tmp_path / "run", "train")] == [0, 0, 1, 2]
+
+
+def _start(config: Any, workdir: pathlib.Path) -> subprocess.Popen:
+    """The command in a process group of its own; what it prints goes to `workdir`.log."""
+    command = [sys.executable, "-m", "launch.train", f"--workdir={workdir}", *helpers.command_line(config)]
+    with open(workdir.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def _finish(process: subprocess.Popen, workdir: pathlib.Path) -> str:
+    """Waits for a clean end; returns what all its lives printed."""
+    code = process.wait(timeout=300)
+    log = workdir.with_suffix(".log").read_text()
+    assert code == 0, log
+    return log
+
+
+def _wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise AssertionError(f"ended early: {workdir.with_suffix('.log').read_text()}")
+        if (workdir / "metrics.jsonl").exists() and any(r["step"] >= step for r in _complete_records(workdir)):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} within a minute")
+
+
+def _complete_records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = helpers.tiny_config(corpus, **{"run.steps": 100000, "run.log_every": 1, "checkpoint.every": 100000})
+    process = _start(config, tmp_path / "run")
+    _wait_for_step(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: saved step" in _finish(process, tmp_path / "run")
+    assert [path.name.isdigit() for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()] == [True]
+
+
+@pytest.mark.slow
+def test_killed_three_times_the_weights_are_bit_identical(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """SIGKILL of the whole process group at random moments, with data workers, in steps, saves and start-up alike."""
+    config = helpers.tiny_config(
+        corpus, **{"run.steps": 400, "checkpoint.every": 20, "data.workers": 2, "run.eval_every": 400}
+    )
+    _finish(_start(config, tmp_path / "calm"), tmp_path / "calm")
+    draw = random.Random(0)
+    for kill in range(3):
+        process = _start(config, tmp_path / "killed")
+        # After some progress beyond the last life's, plus a random moment: not aligned with steps or saves.
+        _wait_for_step(tmp_path / "killed", 100 * kill + 22, process)
+        time.sleep(draw.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    _finish(_start(config, tmp_path / "killed"), tmp_path / "killed")
+    assert len(_records(tmp_path / "killed", "resume")) == 3
+    _assert_same_weights(tmp_path / "calm", tmp_path / "killed", tmp_path)
