@@ -15,7 +15,7 @@ from absl import flags
 
 from launch import command
 
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "timed steps of each model")
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "timed steps of each model")
 _LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096"], "row lengths T; 4096 / T rows a step")
 
 TOKENS = 4096

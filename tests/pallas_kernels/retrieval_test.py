@@ -19,11 +19,10 @@ from pallas_kernels.retrieval import api, blockwise, retrieve
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_tiles():
-    """The shapes here are tiny, and must still cross several tiles and blocks."""
+def small_spans():
+    """The shapes here are tiny, and must still visit blocks both together and one by one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "TILE", 128)
-        patch.setattr(blockwise, "BLOCK", 128)
+        patch.setattr(blockwise, "SPAN", 2)
         jax.clear_caches()
         yield
     jax.clear_caches()
@@ -255,8 +254,7 @@ _long = functools.partial(visibility.long_term, delay=129)
 
 @pytest.mark.parametrize("time", [512, 16384])
 def test_a_short_term_read_visits_its_window_however_long_the_row(time):
-    whole = 256 // blockwise.BLOCK + 1
-    assert _visited(np.zeros((1, time), np.int32), _short) == [1, 2] + [whole] * (time // blockwise.TILE - 2)
+    assert _visited(np.zeros((1, time), np.int32), _short) == [1, 2] + [3] * (time // blockwise.TILE - 2)
 
 
 @pytest.mark.parametrize("read", [_short, visibility.causal])
