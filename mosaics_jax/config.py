@@ -32,7 +32,7 @@ ARCHITECTURES = ("mosaic", "transformer")
 MEMORIES = {"mosaic": ("short", "long"), "transformer": ("full", "short", "long")}
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "block")
-IMPLEMENTATIONS = ("auto", "reference", "xla")
+IMPLEMENTATIONS = ("auto", "hopper", "reference", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ModelConfig:
     norm_epsilon: float = _field(1e-5, "epsilon of RMSNorm")
     compute_dtype: str = _field("bfloat16", "type of activations and matmul inputs: bfloat16 or float32")
     remat: str = _field("dots", "what backward recomputes: none, dots (all but matmul results and reads), block (all)")
-    implementation: str = _field("auto", "path of the two operations: auto, xla or reference")
+    implementation: str = _field("auto", "path of the two operations: auto, hopper, xla or reference")
 
     def __post_init__(self) -> None:
         _check(self, "architecture", self.architecture in ARCHITECTURES, ", ".join(ARCHITECTURES))

@@ -53,7 +53,7 @@ def test_round_trip_and_immutability() -> None:
         ({"model.delay_max": 300}, r"model.delay_max is 300 with model.window = 256"),
         ({"model.compute_dtype": "float16"}, r"model.compute_dtype is 'float16'; legal: float32, bfloat16"),
         ({"model.remat": "all"}, r"model.remat is 'all'; legal: none, dots, block"),
-        ({"model.implementation": "cuda"}, r"model.implementation is 'cuda'; legal: auto, reference, xla"),
+        ({"model.implementation": "cuda"}, r"model.implementation is 'cuda'; legal: auto, hopper, reference, xla"),
         ({"model.layers": "8"}, r"model.layers is '8'; legal: a value of type int"),
         ({"data.context": 100}, r"data.context is 100, shorter than the window: legal: model.window = 256 or more"),
         ({"data.workers": -1}, r"data.workers is -1"),

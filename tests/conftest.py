@@ -7,6 +7,8 @@ import pytest
 
 # Tiny shapes: nearly all the time of a test is compilation. Before jax is imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Interpreted kernels wait for one another inside callbacks, which can occupy every thread of a small pool for ever.
+os.environ.setdefault("NPROC", "8")
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ class AssociativeMemory(nnx.Module):
         bandwidth_BTH = self.bandwidth(interval.count_BT)
         output_BTHK = retrieve(
             query_BTHK, key_BSHK, value_BSHK, bandwidth_BTH, interval.start_BT, interval.stop_BT,
-            implementation=self.config.operation_path,
+            implementation=self.config.operation_path, unit_norm=True,
         )  # fmt: skip
         return output_BTHK, bandwidth_BTH
 

@@ -1,17 +1,23 @@
 """The operation `leaky_average`: arguments are checked here, the work is done in `reference.py` and `blockwise.py`."""
 
-import functools
-import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import choice
 from pallas_kernels.leaky_average import blockwise, reference
+from pallas_kernels.leaky_average.hopper import WIDTHS, leaky_average_hopper
 from pallas_kernels.leaky_average.reference import LeakyState
 
-_IMPLEMENTATIONS = {"reference": reference.leaky_average, "xla": blockwise.leaky_average}
-_INPUT_DTYPES = {"reference": ("float32", "bfloat16", "float64"), "xla": ("float32", "bfloat16")}
+_IMPLEMENTATIONS: Final[dict[str, Callable[..., tuple[jax.Array, LeakyState]]]] = {
+    "hopper": leaky_average_hopper,
+    "xla": blockwise.leaky_average,
+    "reference": reference.leaky_average,
+}
+_INPUT_DTYPES = {"reference": ("float32", "bfloat16", "float64")}
+_SHORTEST = 64  # positions for which the Hopper kernels are worth their launches; decoding takes one at a time
 
 
 def leaky_average(
@@ -39,7 +45,9 @@ def leaky_average(
       log_decay_BTH: any floating dtype, at most 0 (not checked: values may be traced); -inf forgets everything.
       restart_BT: bool, true at the first position of every document.
       initial: the state before position 0, for a sequence that goes on from another call; None is the zero state.
-      implementation: "reference" (a scan over time), "xla", or None to choose: "xla", logged once.
+      implementation: "hopper" (Mosaic GPU kernels: K of 64 or 128, compute capability 9.0), "xla" (any device and
+        shape) or "reference" (a scan over time). None takes "hopper" where it can run, "xla" anywhere else, and logs
+        once which and why.
 
     Returns:
       normalised_BTHK in the input's dtype, and the LeakyState after the last position: `average_BHK`, `log_scale_BH`,
@@ -50,16 +58,17 @@ def leaky_average(
     average; a function of one part alone does not. Reverse mode only ("xla" has its own backward pass).
 
     Raises:
-      ValueError: an unknown implementation, or an argument of the wrong shape or dtype; the message names it.
+      ValueError: an unknown implementation or one that cannot run here, or an argument of the wrong shape or dtype; the
+        message names it.
     """
-    if implementation is None:
-        implementation = "xla"
-        _log_choice(implementation)
-    if implementation not in _IMPLEMENTATIONS:
+    _check_input(input_BTHK)
+    implementation = choice.choose("leaky_average", implementation, _obstacle(input_BTHK), tuple(_IMPLEMENTATIONS))
+    legal = _INPUT_DTYPES.get(implementation, ("float32", "bfloat16"))
+    if input_BTHK.dtype.name not in legal:
         raise ValueError(
-            f"implementation is {implementation!r}; legal are None, {', '.join(map(repr, _IMPLEMENTATIONS))}"
+            f"input_BTHK has dtype {input_BTHK.dtype}; "
+            f"legal for implementation {implementation!r} are {', '.join(legal)}"
         )
-    _check_input(input_BTHK, implementation)
     B, T, H, K = input_BTHK.shape
     _check_floating("log_gate_BTH", log_gate_BTH, (B, T, H))
     _check_floating("log_decay_BTH", log_decay_BTH, (B, T, H))
@@ -74,20 +83,21 @@ def leaky_average(
     return _IMPLEMENTATIONS[implementation](input_BTHK, log_gate_BTH, log_decay_BTH, restart_BT, initial)
 
 
-@functools.cache
-def _log_choice(implementation: str) -> None:
-    logging.getLogger(__name__).info("leaky_average: implementation %r on %s", implementation, jax.default_backend())
+def _obstacle(input_BTHK: Any) -> str | None:
+    """Why this input cannot take the Hopper kernels here, or None."""
+    _, time, _, width = input_BTHK.shape
+    if (reason := choice.no_hopper()) is not None:
+        return reason
+    if width not in WIDTHS:
+        return f"it takes a head width of {' or '.join(map(str, WIDTHS))}, this is {width}"
+    if time < _SHORTEST:
+        return f"it takes {_SHORTEST} positions or more, these are {time}"
+    return None
 
 
-def _check_input(input_BTHK: Any, implementation: str) -> None:
+def _check_input(input_BTHK: Any) -> None:
     if input_BTHK.ndim != 4 or 0 in input_BTHK.shape:
         raise ValueError(f"input_BTHK has shape {input_BTHK.shape}; legal are four dimensions [B, T, H, K], none empty")
-    legal = _INPUT_DTYPES[implementation]
-    if input_BTHK.dtype.name not in legal:
-        raise ValueError(
-            f"input_BTHK has dtype {input_BTHK.dtype}; "
-            f"legal for implementation {implementation!r} are {', '.join(legal)}"
-        )
 
 
 def _check_floating(name: str, array: Any, shape: tuple[int, ...]) -> None:

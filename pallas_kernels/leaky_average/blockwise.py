@@ -38,14 +38,14 @@ def leaky_average(
     """`api.leaky_average` for any XLA device; float32 inside."""
     state = zero_state(input_BTHK, jnp.dtype(jnp.float32)) if initial is None else initial
     average_BHK, log_scale_BH = (part.astype(jnp.float32) for part in state)
-    gate_BTH, decay_BTH, log_scale_BTH = _change_gauge(
+    gate_BTH, decay_BTH, log_scale_BTH = change_gauge(
         log_gate_BTH.astype(jnp.float32), log_decay_BTH.astype(jnp.float32), restart_BT, log_scale_BH
     )
     normalised_BTHK, last_BHK = _normalised_recurrence(input_BTHK, gate_BTH, decay_BTH, average_BHK)
     return normalised_BTHK, LeakyState(last_BHK, log_scale_BTH[:, -1])
 
 
-def _change_gauge(
+def change_gauge(
     log_gate_BTH: jax.Array, log_decay_BTH: jax.Array, restart_BT: jax.Array, log_scale_BH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The factors a and b of the recurrence on u, and M. Differentiable in the logarithms, with M a constant."""

@@ -1,5 +1,5 @@
 """Gaussian-kernel retrieval over intervals of stored pairs."""
 
-from pallas_kernels.retrieval.api import retrieve
+from pallas_kernels.retrieval.api import describe, retrieve
 
-__all__ = ["retrieve"]
+__all__ = ["describe", "retrieve"]

@@ -1,23 +1,23 @@
 """`retrieve`: the one read operation of every memory, with its checks and the choice of its implementation."""
 
-import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import choice
 from pallas_kernels.retrieval.blockwise import retrieve_blockwise
+from pallas_kernels.retrieval.hopper import QUERIES, WIDTHS
+from pallas_kernels.retrieval.hopper_vjp import retrieve_hopper
 from pallas_kernels.retrieval.reference import retrieve_reference
 
 _IMPLEMENTATIONS: Final[dict[str, Callable[..., jax.Array]]] = {
+    "hopper": retrieve_hopper,
     "xla": retrieve_blockwise,
     "reference": retrieve_reference,
 }
-
-_logger = logging.getLogger(__name__)
-_logged = False
 
 
 def retrieve(
@@ -29,6 +29,7 @@ def retrieve(
     stop_BT: jax.Array,
     *,
     implementation: str | None = None,
+    unit_norm: bool = False,
 ) -> jax.Array:
     """Kernel regression over an interval of stored pairs (PAPER section 2, eq. 1-6).
 
@@ -46,31 +47,52 @@ def retrieve(
       stop_BT: the position after the last visible one, integer in [0, S]; stop <= start is an empty interval. The same
         interval serves all heads. Cost is proportional to what the intervals of neighbouring queries span, so
         intervals that never decrease along T (all of this project's) skip the most.
-      implementation: "xla" (blockwise, memory linear in T, own derivative) or "reference" (dense); None picks, and
-        logs once what it picked.
+      implementation: "hopper" (Mosaic GPU kernels: bfloat16, K = V of 64 or 128, compute capability 9.0), "xla"
+        (blockwise, for any device and shape) or "reference" (dense). None takes "hopper" where it can run, "xla"
+        anywhere else, and logs once which and why; see `describe`.
+      unit_norm: a promise that no query and no key is longer than 1 (up to bfloat16 rounding), as a memory's keys are.
+        The Hopper kernels then do without a running maximum where β allows it; the result is the same.
 
     Returns:
       output_BTHV in the values' type. Differentiable in query, key, value and bandwidth.
 
     Raises:
-      ValueError: an argument of the wrong shape or type, an unknown implementation, or (where the intervals are
-        concrete, that is outside jit) an interval that leaves [0, S].
+      ValueError: an argument of the wrong shape or type, an unknown implementation or one that cannot run here, or
+        (where the intervals are concrete, that is outside jit) an interval that leaves [0, S].
     """
     _check(query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
     start_BT, stop_BT = start_BT.astype(jnp.int32), stop_BT.astype(jnp.int32)
-    return _choose(implementation)(query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
+    obstacle = _obstacle(query_BTHK, value_BSHV)
+    chosen = choice.choose("retrieve", implementation, obstacle, tuple(_IMPLEMENTATIONS))
+    operation = _IMPLEMENTATIONS[chosen]
+    if chosen == "hopper":
+        return operation(query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT, unit_norm)
+    return operation(query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
 
 
-def _choose(implementation: str | None) -> Callable[..., jax.Array]:
-    global _logged
-    if implementation is None:
-        implementation = "xla"
-        if not _logged:
-            _logger.info("retrieve runs the blockwise XLA path on %s", jax.default_backend())
-            _logged = True
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}; legal: None, {', '.join(map(repr, _IMPLEMENTATIONS))}")
-    return _IMPLEMENTATIONS[implementation]
+def describe(query_BTHK: Any, value_BSHV: Any) -> None:
+    """Prints what `retrieve` would run for such arguments (arrays or ShapeDtypeStructs), and why."""
+    name, _ = choice.device()
+    obstacle = _obstacle(query_BTHK, value_BSHV)
+    if obstacle is None:
+        print(f"retrieve: the Hopper kernels, on {name}")
+    else:
+        print(f"retrieve: the blockwise XLA path, on {name}; no Hopper kernel: {obstacle}")
+
+
+def _obstacle(query_BTHK: Any, value_BSHV: Any) -> str | None:
+    """Why these arguments cannot take the Hopper kernels here, or None."""
+    _, time, _, width = query_BTHK.shape
+    if (reason := choice.no_hopper()) is not None:
+        return reason
+    if query_BTHK.dtype != jnp.bfloat16:
+        return f"it takes bfloat16, these are {query_BTHK.dtype}"
+    if width not in WIDTHS or value_BSHV.shape[-1] != width:
+        legal = " or ".join(map(str, WIDTHS))
+        return f"it takes keys and values of one head width, {legal}, these have {width} and {value_BSHV.shape[-1]}"
+    if time < QUERIES:  # decoding: a tile would be nearly empty
+        return f"it takes {QUERIES} queries or more, these are {time}"
+    return None
 
 
 def _check(
