@@ -65,6 +65,18 @@ def cases() -> Iterator[Case]:
     yield _case("identical_keys_dominate", *_identical(T), **_extreme(T))
     yield _case("identical_keys_dominate_one_array", *_identical(T), is_one_array=True, **_extreme(T))
     yield _case("bfloat16", random, dtype="bfloat16")
+    for count in (1, 7, 200):
+        start_BT = visibility.document_start(jnp.asarray(packed(500, count)))
+        yield _case(f"short_term_in_rows_of_{count}", visibility.short_term(start_BT, window=256), is_one_array=True)
+        yield _case(f"long_term_in_rows_of_{count}", visibility.long_term(start_BT, delay=64), is_one_array=True)
+    halves_T = np.minimum(np.arange(140) // 2, 330)
+    yield _case("more_pairs_than_queries", _constant(140, halves_T, np.minimum(halves_T + 250, 330)), S=330)
+    yield _case("a_long_row", visibility.short_term(jnp.zeros((B, 1500), jnp.int32), window=256))
+
+
+def packed(T: int, count: int) -> np.ndarray:
+    """Rows of up to `count` documents of random lengths."""
+    return np.sort(np.random.default_rng(count).integers(0, count, (B, T)), axis=1).astype(np.int32)
 
 
 def documents(T: int, seed: int = 3) -> np.ndarray:
@@ -134,11 +146,12 @@ def _spread(T: int, S: int, empty: float = 0.1) -> tuple[np.ndarray, np.ndarray]
     return np.where(swap_BT, stop_BT, start_BT), np.where(swap_BT, start_BT, stop_BT)
 
 
-def _constant(
-    T: int, start: int | Callable[[np.ndarray], np.ndarray], stop: int | Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+_End = int | np.ndarray | Callable[[np.ndarray], np.ndarray]
+
+
+def _constant(T: int, start: _End, stop: _End) -> tuple[np.ndarray, np.ndarray]:
     """The same interval in every row of the batch."""
-    ends = (end(np.arange(T)) if callable(end) else np.full(T, end) for end in (start, stop))
+    ends = (end(np.arange(T)) if callable(end) else np.broadcast_to(end, T) for end in (start, stop))
     start_BT, stop_BT = (np.broadcast_to(end_T, (B, T)) for end_T in ends)
     return start_BT, stop_BT
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 
@@ -47,11 +48,13 @@ def _in_bfloat16(case):
     )
 
 
-def _check(case, operation, tolerance=2e-2):
+def _check(case, operation):
     expected, measured = shared.expected(case), shared.measured(case, operation)
     interpreted.assert_no_races()
     for result in shared.NAMES:
-        limit = tolerance * max(1.0, np.abs(expected[result]).max(initial=0))  # see retrieval_test
+        # Twice the few roundings of retrieval_test: over windows of hundreds the XLA path in bfloat16 needs as much,
+        # and with a constant in place of the maximum the greatest weight is no exact 1 and is rounded as well.
+        limit = 4e-2 * max(1.0, np.abs(expected[result]).max(initial=0))
         np.testing.assert_allclose(measured[result], expected[result], rtol=0, atol=limit, err_msg=result)
 
 
@@ -93,8 +96,7 @@ def _wide(width, start_BT, stop_BT, stored):
 
 
 def _packed(documents, time, read, width=64):
-    ids_BT = np.sort(np.random.default_rng(documents).integers(0, documents, (1, time)), axis=1)
-    return _wide(width, *read(visibility.document_start(jnp.asarray(ids_BT))), stored=time)
+    return _wide(width, *read(visibility.document_start(jnp.asarray(shared.packed(time, documents)[:1]))), stored=time)
 
 
 _short = functools.partial(visibility.short_term, window=256)
@@ -104,23 +106,10 @@ _long = functools.partial(visibility.long_term, delay=64)
 @pytest.mark.slow
 @pytest.mark.parametrize("unit_norm", [False, True])
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("documents", [1, 7, 200])
+@pytest.mark.parametrize("documents", [7, 200])
 @pytest.mark.parametrize("read", [_short, _long], ids=["short", "long"])
-def test_packed_rows(read, documents, width, unit_norm):
-    # With a constant in place of the maximum the greatest weight is no exact 1, and is rounded to bfloat16 as well.
-    tolerance = 4e-2 if unit_norm else 2e-2
-    _check(_packed(documents, 500, read, width), functools.partial(_hopper, unit_norm=unit_norm), tolerance)
-
-
-@pytest.mark.slow
-def test_other_lengths_than_the_queries():
-    start_BT = np.minimum(np.arange(140) // 2, 330)[None]
-    _check(_wide(64, start_BT, np.minimum(start_BT + 250, 330), stored=330), _hopper)
-
-
-@pytest.mark.slow
-def test_a_long_row():
-    _check(_packed(3, 1500, _short), _hopper)
+def test_keys_that_fill_their_width(read, documents, width, unit_norm):
+    _check(_packed(documents, 500, read, width), functools.partial(_hopper, unit_norm=unit_norm))
 
 
 def test_a_constant_in_place_of_the_maximum_changes_nothing():
@@ -174,6 +163,26 @@ def test_the_bounds_hold_all_visible_pairs_and_the_whole_blocks_no_hidden_one(ki
         visited += end - first
     if kind != "unsorted":
         assert visited == needed  # not one block more than lies between the first and the last visible pair
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_program_for_a_gpu_has_three_kernels(width):
+    """Lowering alone needs no GPU; it fails where shared memory or a register layout does not fit. Under shard_map."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    read = functools.partial(hopper_vjp.retrieve_hopper, unit_norm=True, interpret=None)
+    sharded = jax.shard_map(read, mesh=mesh, in_specs=(spec,) * 6, out_specs=spec, check_vma=False)
+
+    def loss(query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT):
+        output_BTHV = sharded(query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
+        return output_BTHV.astype(jnp.float32).sum()
+
+    wide = jax.ShapeDtypeStruct((2, 1000, 2, width), jnp.bfloat16)
+    end_BT = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
+    bandwidth_BTH = jax.ShapeDtypeStruct((2, 1000, 2), jnp.float32)
+    traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(wide, wide, wide, bandwidth_BTH, end_BT, end_BT)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"custom_call @mosaic_gpu", program)) == 3
 
 
 # Planted faults. Each runs in a process of its own, for what waits forever can only be killed.
