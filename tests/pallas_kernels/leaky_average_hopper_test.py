@@ -4,24 +4,28 @@ import dataclasses
 import functools
 import re
 
+import interpreted
 import jax
 import jax.numpy as jnp
 import leaky_average_cases as shared
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.leaky_average.hopper import leaky_average_hopper
 
 _CASES = {case.name: case for case in shared.cases()}
-_INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+# In the default suite; the others take a minute in all.
+_QUICK = ("from_a_state", "extreme_gates", "short_documents", "one_position")
+
+
+def _slow_but(names):
+    return [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache
 def _operation(chunk):
     """One object for each chunk size: jit caches by identity."""
-    return functools.partial(leaky_average_hopper, chunk=chunk, interpret=_INTERPRET)
+    return functools.partial(leaky_average_hopper, chunk=chunk, interpret=interpreted.WATCHED)
 
 
 def _resized(case, B, H, K, dtype=None):
@@ -56,7 +60,7 @@ def _cut(case, T):
 def _check(case, chunk):
     expected = shared.expected(case)
     measured = shared.measured(case, expected["unit_BH"], _operation(chunk))
-    assert not interpret_pallas_call.get_races().races_found
+    interpreted.assert_no_races()
     # As for the XLA path; bfloat16 keeps 8 bits.
     tolerance = 2e-2 if case.dtype == "bfloat16" else 2e-5
     for result in shared.NAMES:
@@ -68,31 +72,32 @@ def _check(case, chunk):
 
 
 # A block holds four chunks: 70 positions in chunks of 8 are three blocks, the last one in part.
-@pytest.mark.parametrize(
-    "name",
-    [
-        "from_a_state",
-        "from_an_empty_state",
-        "extreme_gates",
-        "some_memory",
-        "all_memory",
-        "tiny_decay",
-        "zero_inputs",
-        "all_zero",
-        "documents_of_one_position",
-        "short_documents",
-        "bfloat16",
-    ],
+_NAMES = (
+    "from_a_state",
+    "from_an_empty_state",
+    "extreme_gates",
+    "some_memory",
+    "all_memory",
+    "tiny_decay",
+    "zero_inputs",
+    "all_zero",
+    "documents_of_one_position",
+    "short_documents",
+    "bfloat16",
 )
+
+
+@pytest.mark.parametrize("name", _slow_but(_NAMES))
 def test_values_and_gradients(name):
     _check(_resized(_CASES[name], B=1, H=1, K=64), chunk=8)
 
 
-@pytest.mark.parametrize("name", ["one_position", "one_position_restarts_despite_a_state"])
+@pytest.mark.parametrize("name", _slow_but(("one_position", "one_position_restarts_despite_a_state")))
 def test_one_position(name):
     _check(_resized(_CASES[name], B=1, H=1, K=64), chunk=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "T", "chunk"), [("float32", 100, 12), ("bfloat16", 150, None)])
 def test_rows_heads_and_the_width_of_128(dtype, T, chunk):
     case = _cut(_CASES["long"], T)
