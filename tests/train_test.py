@@ -194,8 +194,9 @@ def test_killed_three_times_the_weights_are_bit_identical(corpus: pathlib.Path, 
     draw = random.Random(0)
     for kill in range(3):
         process = _start(config, tmp_path / "killed")
-        # After some progress beyond the last life's, plus a random moment: not aligned with steps or saves.
-        _wait_for_step(tmp_path / "killed", 100 * kill + 22, process)
+        # After some progress beyond the last life's, plus a random moment: not aligned with steps or saves. By step 42
+        # the save of step 40 has begun, which waits for that of step 20: there is something to resume from.
+        _wait_for_step(tmp_path / "killed", 100 * kill + 42, process)
         time.sleep(draw.uniform(0, 0.3))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
