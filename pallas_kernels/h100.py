@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import choice
 
@@ -92,27 +92,20 @@ def _find(name: str) -> pathlib.Path | None:
     return pathlib.Path(next(iter(spec.submodule_search_locations)))
 
 
-def mesh(shape: tuple[int, ...] = (1,), names: tuple[str, ...] = ("device",), nodes: int = 1) -> Mesh:
-    """A mesh of H100s that exist nowhere: `nodes` hosts with the same number of GPUs each."""
-    if absent := missing():
-        raise ValueError(f"{', '.join(absent)} not installed, which compiling for an H100 needs; {INSTALL}")
-    count = 1
-    for size in shape:
-        count *= size
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=_TARGET, topology=f"{nodes}x{count // nodes}x1"
-    )
-    return topologies.make_mesh(topology, shape, names)
-
-
 def compile_for(
     function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> tuple[Any, list[Kernel]]:
     """`function` compiled for one H100, and its kernels. The arguments: trees of anything with a shape and a dtype.
 
     `donate`: the places of arguments whose memory the results may take.
+
+    Raises:
+      ValueError: something that compiling needs is not installed.
     """
-    sharding = NamedSharding(mesh(), PartitionSpec())
+    if absent := missing():
+        raise ValueError(f"{', '.join(absent)} not installed, which compiling for an H100 needs; {INSTALL}")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=_TARGET, topology="1x1x1")
+    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
     with tempfile.TemporaryDirectory() as directory, _dumps(directory), choice.compiling_for("9.0"):
         # A function of its own: of `function` jax may remember what it traced for this machine.

@@ -135,6 +135,43 @@ class Ring:
         lax.fori_loop(lax.max(self._first, end - STAGES), end, observe, None)
 
 
+def place(bounds_ref: Any) -> tuple[Any, Any, Any, Any, list[Any]]:
+    """Of this warpgroup: row of the batch, head, which 64 of the tiles' rows, its number, and its four bounds."""
+    batch, head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
+    half = tile * WARPGROUPS + lax.min(warpgroup, WARPGROUPS - 1)
+    return batch, head, half, warpgroup, [bounds_ref[batch, half, i] for i in range(4)]
+
+
+def feed(bounds: list[Any], *fillings: tuple[Ring, Callable[[jax.Array], Any]]) -> None:
+    """What the copying warpgroup does: fills the rings, block after block, with the copies made for a block."""
+    plgpu.set_max_registers(40, action="decrease")
+
+    def copy(block: jax.Array, _: None) -> None:
+        for ring, copies in fillings:
+            ring.fill(block, *copies(block))
+
+    lax.fori_loop(bounds[0], bounds[3], copy, None)
+    for ring, _ in fillings:
+        ring.drain(bounds[3])
+
+
+def feed_pairs(bounds: list[Any], keys: Ring, values: Ring, refs: Any, buffers: Any, batch: Any, head: Any) -> None:
+    """`feed` of blocks of keys and of values; a block is as long as their buffers."""
+    size = buffers[0].shape[1]
+
+    def copies(which: int) -> Callable[[jax.Array], Any]:
+        return lambda block: [(refs[which].at[batch, pl.ds(block * size, size), head], buffers[which])]
+
+    feed(bounds, (keys, copies(0)), (values, copies(1)))
+
+
+def ordered(first_BN: jax.Array, whole_BN: jax.Array, whole_end_BN: jax.Array, end_BN: jax.Array) -> jax.Array:
+    """bounds_BNX, each at least the one before it and none past the end."""
+    whole_BN = jnp.clip(whole_BN, first_BN, end_BN)
+    whole_end_BN = jnp.clip(whole_end_BN, whole_BN, end_BN)
+    return jnp.stack([first_BN, whole_BN, whole_end_BN, end_BN], axis=-1).astype(jnp.int32)
+
+
 def query_bounds(start_BT: jax.Array, stop_BT: jax.Array, block: int) -> jax.Array:
     """For every 64 queries: the blocks that their tile visits, and those of them that all 64 see whole.
 
@@ -150,9 +187,7 @@ def query_bounds(start_BT: jax.Array, stop_BT: jax.Array, block: int) -> jax.Arr
     # A query that sees nothing has start = stop, and so no block is whole for it.
     whole_BN = -(-jnp.max(start_BT.reshape(batch, -1, QUERIES), axis=-1) // block)
     whole_end_BN = jnp.min(stop_BT.reshape(batch, -1, QUERIES), axis=-1) // block
-    whole_BN = jnp.clip(whole_BN, first_BN, end_BN)
-    whole_end_BN = jnp.clip(whole_end_BN, whole_BN, end_BN)
-    return jnp.stack([first_BN, whole_BN, whole_end_BN, end_BN], axis=-1).astype(jnp.int32)
+    return ordered(first_BN, whole_BN, whole_end_BN, end_BN)
 
 
 def in_three(bounds: list[jax.Array], step: Callable[[bool, jax.Array, Any], Any], carry: Any) -> Any:
@@ -180,9 +215,7 @@ def _forward_kernel(
     *, unit_norm, interpret,
 ):  # fmt: skip
     """o and the two sums of a tile of queries."""
-    batch, head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
-    half = tile * WARPGROUPS + lax.min(warpgroup, WARPGROUPS - 1)
-    bounds = [bounds_ref[batch, half, i] for i in range(4)]
+    batch, head, half, warpgroup, bounds = place(bounds_ref)
     keys, values = Ring(key_full, key_empty, bounds[0]), Ring(value_full, value_empty, bounds[0])
     score_shape, output_shape = (QUERIES, BLOCK), (QUERIES, value_ref.shape[-1])
 
@@ -251,16 +284,18 @@ def _forward_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        feed_pairs(bounds, keys, values, (key_ref, value_ref), (key_s, value_s), batch, head)
 
-        def copy(block: jax.Array, _: None) -> None:
-            stored = pl.ds(block * BLOCK, BLOCK)
-            keys.fill(block, (key_ref.at[batch, stored, head], key_s))
-            values.fill(block, (value_ref.at[batch, stored, head], value_s))
 
-        lax.fori_loop(bounds[0], bounds[3], copy, None)
-        keys.drain(bounds[3])
-        values.drain(bounds[3])
+def launch_options(interpret: Interpret) -> dict[str, Any]:
+    """What the three kernels have in common."""
+    return {
+        "grid_names": ("head", "tile", "batch"),
+        "num_threads": WARPGROUPS + 1,
+        "thread_name": "warpgroup",
+        "compiler_params": plgpu.CompilerParams(approx_math=True),
+        "interpret": interpret,
+    }
 
 
 def forward(
@@ -292,9 +327,6 @@ def forward(
             jax.ShapeDtypeStruct((2, batch, heads, time), jnp.float32),
         ),
         grid=(heads, time // TILE, batch),
-        grid_names=("head", "tile", "batch"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
         scratch_types=[
             swizzled(QUERIES, width, WARPGROUPS, dtype),
             swizzled(BLOCK, width, STAGES, dtype),
@@ -303,8 +335,7 @@ def forward(
             plgpu.Barrier(num_barriers=WARPGROUPS),
             ring, ring, free, free,
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
+        **launch_options(interpret),
     )  # fmt: skip
     bounds_BNX = query_bounds(start_BT, stop_BT, BLOCK)
     return kernel(query_BTHK, key_BSHK, value_BSHV, scale_BHT, start_BT, stop_BT, bounds_BNX, mode_BHN)

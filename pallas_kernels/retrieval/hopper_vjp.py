@@ -10,6 +10,7 @@ blocks seen in part are masked.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,15 @@ from pallas_kernels.retrieval.hopper import (
     Ring,
     across,
     add_wgmma,
+    feed,
+    feed_pairs,
     forward,
     in_three,
+    launch_options,
     load_row,
+    ordered,
     pad_time,
+    place,
     query_bounds,
     swizzled,
     transposed,
@@ -58,9 +64,7 @@ def _query_kernel(
     *, interpret,
 ):  # fmt: skip
     """dq and dβ of a tile of queries."""
-    batch, head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
-    half = tile * WARPGROUPS + lax.min(warpgroup, WARPGROUPS - 1)
-    bounds = [bounds_ref[batch, half, i] for i in range(4)]
+    batch, head, half, warpgroup, bounds = place(bounds_ref)
     keys, values = Ring(key_full, key_empty, bounds[0]), Ring(value_full, value_empty, bounds[0])
     shape = (QUERIES, DQ_BLOCK)
 
@@ -106,16 +110,7 @@ def _query_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-
-        def copy(block: jax.Array, _: None) -> None:
-            stored = pl.ds(block * DQ_BLOCK, DQ_BLOCK)
-            keys.fill(block, (key_ref.at[batch, stored, head], key_s))
-            values.fill(block, (value_ref.at[batch, stored, head], value_s))
-
-        lax.fori_loop(bounds[0], bounds[3], copy, None)
-        keys.drain(bounds[3])
-        values.drain(bounds[3])
+        feed_pairs(bounds, keys, values, (key_ref, value_ref), (key_s, value_s), batch, head)
 
 
 def _key_kernel(
@@ -125,9 +120,7 @@ def _key_kernel(
     *, interpret,
 ):  # fmt: skip
     """dk and dv of a tile of stored pairs; matrices are transposed: stored pairs down, queries across."""
-    batch, head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "tile", "warpgroup"))
-    half = tile * WARPGROUPS + lax.min(warpgroup, WARPGROUPS - 1)
-    bounds = [bounds_ref[batch, half, i] for i in range(4)]
+    batch, head, half, warpgroup, bounds = place(bounds_ref)
     queries, grads = Ring(query_full, query_empty, bounds[0]), Ring(grad_full, grad_empty, bounds[0])
     shape, width = (KEYS, QUERIES), key_ref.shape[-1]
 
@@ -177,21 +170,15 @@ def _key_kernel(
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-
-        def copy(block: jax.Array, _: None) -> None:
+        def query_copies(block: jax.Array) -> list[tuple[Any, Any]]:
             rows = pl.ds(block * QUERIES, QUERIES)
-            queries.fill(
-                block,
-                (query_ref.at[batch, rows, head], query_s),
-                (rows_ref.at[:, batch, head, rows], rows_s),
-                (ends_ref.at[:, batch, rows], ends_s),
-            )
-            grads.fill(block, (output_grad_ref.at[batch, rows, head], output_grad_s))
+            sources = query_ref.at[batch, rows, head], rows_ref.at[:, batch, head, rows], ends_ref.at[:, batch, rows]
+            return list(zip(sources, (query_s, rows_s, ends_s), strict=True))
 
-        lax.fori_loop(bounds[0], bounds[3], copy, None)
-        queries.drain(bounds[3])
-        grads.drain(bounds[3])
+        def grad_copies(block: jax.Array) -> list[tuple[Any, Any]]:
+            return [(output_grad_ref.at[batch, pl.ds(block * QUERIES, QUERIES), head], output_grad_s)]
+
+        feed(bounds, (queries, query_copies), (grads, grad_copies))
 
 
 def key_bounds(start_BT: jax.Array, stop_BT: jax.Array, stored: int) -> jax.Array:
@@ -223,9 +210,7 @@ def key_bounds(start_BT: jax.Array, stop_BT: jax.Array, stored: int) -> jax.Arra
     whole_end_BM = count(latest_BN, keys_M, "right")
     first_BM = jnp.minimum(first_BM, blocks)
     end_BM = jnp.maximum(end_BM, first_BM)
-    whole_BM = jnp.clip(whole_BM, first_BM, end_BM)
-    whole_end_BM = jnp.clip(whole_end_BM, whole_BM, end_BM)
-    return jnp.stack([first_BM, whole_BM, whole_end_BM, end_BM], axis=-1).astype(jnp.int32)
+    return ordered(first_BM, whole_BM, whole_end_BM, end_BM)
 
 
 def _gradients(
@@ -245,13 +230,6 @@ def _gradients(
     operands = (query_BTHK, key_BSHK, value_BSHV, output_grad_BTHV, rows_XBHT, ends_XBT)
     ring = plgpu.Barrier(num_barriers=STAGES)
     free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES)
-    common = {
-        "grid_names": ("head", "tile", "batch"),
-        "num_threads": WARPGROUPS + 1,
-        "thread_name": "warpgroup",
-        "compiler_params": plgpu.CompilerParams(approx_math=True),
-        "interpret": interpret,
-    }
     two = plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)
     query_kernel = plgpu.kernel(
         functools.partial(_query_kernel, interpret=interpret),
@@ -266,7 +244,7 @@ def _gradients(
             plgpu.SMEM((WARPGROUPS, QUERIES), jnp.float32),
             two, ring, ring, free, free,
         ],
-        **common,
+        **launch_options(interpret),
     )  # fmt: skip
     query_grad_BTHK, bandwidth_grad_BHT = query_kernel(*operands, query_bounds(start_BT, stop_BT, DQ_BLOCK))
     key_kernel = plgpu.kernel(
@@ -283,7 +261,7 @@ def _gradients(
             plgpu.SMEM((STAGES, 2, QUERIES), jnp.int32),
             two, plgpu.Barrier(num_arrivals=3, num_barriers=STAGES), ring, free, free,
         ],
-        **common,
+        **launch_options(interpret),
     )  # fmt: skip
     key_grad_BSHK, value_grad_BSHV = key_kernel(*operands, key_bounds(start_BT, stop_BT, stored))
     return query_grad_BTHK, bandwidth_grad_BHT, key_grad_BSHK, value_grad_BSHV
