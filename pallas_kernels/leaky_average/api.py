@@ -5,8 +5,9 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import choice
+from pallas_kernels import checks, choice
 from pallas_kernels.leaky_average import blockwise, reference
 from pallas_kernels.leaky_average.hopper import WIDTHS, leaky_average_hopper
 from pallas_kernels.leaky_average.reference import LeakyState
@@ -42,7 +43,7 @@ def leaky_average(
     Args:
       input_BTHK: k̃, float32 or bfloat16 (the reference takes float64 too, and then computes in it); float32 inside.
       log_gate_BTH: any floating dtype; -inf closes the gate.
-      log_decay_BTH: any floating dtype, at most 0 (not checked: values may be traced); -inf forgets everything.
+      log_decay_BTH: any floating dtype, at most 0; -inf forgets everything.
       restart_BT: bool, true at the first position of every document.
       initial: the state before position 0, for a sequence that goes on from another call; None is the zero state.
       implementation: "hopper" (Mosaic GPU kernels: K of 64 or 128, compute capability 9.0), "xla" (any device and
@@ -58,7 +59,8 @@ def leaky_average(
     average; a function of one part alone does not. Reverse mode only ("xla" has its own backward pass).
 
     Raises:
-      ValueError: an unknown implementation or one that cannot run here, or an argument of the wrong shape or dtype; the
+      ValueError: an unknown implementation or one that cannot run here, an argument of the wrong shape or dtype, or a
+        log_decay above 0 or NaN (checked where it is concrete, and inside jit under PALLAS_KERNELS_CHECK_VALUES=1); the
         message names it.
     """
     _check_input(input_BTHK)
@@ -72,6 +74,7 @@ def leaky_average(
     B, T, H, K = input_BTHK.shape
     _check_floating("log_gate_BTH", log_gate_BTH, (B, T, H))
     _check_floating("log_decay_BTH", log_decay_BTH, (B, T, H))
+    checks.check_values(_check_decay, log_decay_BTH)
     _check_shape("restart_BT", restart_BT, (B, T))
     if restart_BT.dtype != jnp.bool_:
         raise ValueError(f"restart_BT has dtype {restart_BT.dtype}; legal is bool")
@@ -98,6 +101,11 @@ def _obstacle(input_BTHK: Any) -> str | None:
 def _check_input(input_BTHK: Any) -> None:
     if input_BTHK.ndim != 4 or 0 in input_BTHK.shape:
         raise ValueError(f"input_BTHK has shape {input_BTHK.shape}; legal are four dimensions [B, T, H, K], none empty")
+
+
+def _check_decay(log_decay_BTH: np.ndarray) -> None:
+    if not (greatest := log_decay_BTH.astype(np.float32).max()) <= 0:  # a NaN is not legal either
+        raise ValueError(f"log_decay_BTH holds values up to {greatest}; legal: at most 0 (a decay of at most 1)")
 
 
 def _check_floating(name: str, array: Any, shape: tuple[int, ...]) -> None:

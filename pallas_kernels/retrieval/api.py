@@ -1,5 +1,6 @@
 """`retrieve`: the one read operation of every memory, with its checks and the choice of its implementation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import choice
+from pallas_kernels import checks, choice
 from pallas_kernels.retrieval.blockwise import retrieve_blockwise
 from pallas_kernels.retrieval.hopper import QUERIES, WIDTHS
 from pallas_kernels.retrieval.hopper_vjp import retrieve_hopper
@@ -43,10 +44,10 @@ def retrieve(
       key_BSHK: stored keys, the queries' type. In a memory mosaic queries and keys are one array.
       value_BSHV: stored values, the queries' type; V need not be K.
       bandwidth_BTH: β, float, one per query and head.
-      start_BT: first visible stored position of each query, integer in [0, S].
-      stop_BT: the position after the last visible one, integer in [0, S]; stop <= start is an empty interval. The same
-        interval serves all heads. Cost is proportional to what the intervals of neighbouring queries span, so
-        intervals that never decrease along T (all of this project's) skip the most.
+      start_BT: first visible stored position of each query, integer in [0, S], never decreasing along T.
+      stop_BT: the position after the last visible one, integer in [start, S], never decreasing along T; stop = start is
+        an empty interval. The same interval serves all heads, and cost is proportional to what the intervals of
+        neighbouring queries span.
       implementation: "hopper" (Mosaic GPU kernels: bfloat16, K = V of 64 or 128, compute capability 9.0), "xla"
         (blockwise, for any device and shape) or "reference" (dense). None takes "hopper" where it can run, "xla"
         anywhere else, and logs once which and why; see `describe`.
@@ -57,8 +58,10 @@ def retrieve(
       output_BTHV in the values' type. Differentiable in query, key, value and bandwidth.
 
     Raises:
-      ValueError: an argument of the wrong shape or type, an unknown implementation or one that cannot run here, or
-        (where the intervals are concrete, that is outside jit) an interval that leaves [0, S].
+      ValueError: an argument of the wrong shape or type, an unknown implementation or one that cannot run here, or an
+        illegal interval. The values of intervals are checked where they are concrete (outside jit), and inside jit
+        under PALLAS_KERNELS_CHECK_VALUES=1 (`pallas_kernels.checks`); unchecked, intervals in any order are read as
+        they stand, with less skipped, and stop < start is empty.
     """
     _check(query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
     start_BT, stop_BT = start_BT.astype(jnp.int32), stop_BT.astype(jnp.int32)
@@ -124,8 +127,23 @@ def _check(
             raise ValueError(f"{name} has shape {array.shape}; legal: [{batch}, {time}]")
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} has type {array.dtype}; legal: an integer type")
-        if not isinstance(array, jax.core.Tracer) and array.size:
-            values = np.asarray(array)  # NumPy: jax would trace the comparison inside jit
-            least, greatest = values.min(), values.max()
-            if not 0 <= least <= greatest <= stored:
-                raise ValueError(f"{name} holds values from {least} to {greatest}; legal: 0 to S = {stored}")
+    checks.check_values(functools.partial(_check_intervals, stored), start_BT, stop_BT)
+
+
+def _check_intervals(stored: int, start_BT: np.ndarray, stop_BT: np.ndarray) -> None:
+    """Raises ValueError where an interval leaves the stored pairs, ends before it starts, or goes back."""
+    for name, array in {"start_BT": start_BT, "stop_BT": stop_BT}.items():
+        least, greatest = array.min(initial=stored), array.max(initial=0)
+        if least < 0 or greatest > stored:
+            raise ValueError(f"{name} holds values from {least} to {greatest}; legal: 0 to S = {stored}")
+        for row, place in np.argwhere(np.diff(array.astype(np.int64), axis=1) < 0)[:1]:
+            before, after = array[row, place : place + 2]
+            raise ValueError(
+                f"{name} goes back from {before} to {after} at row {row}, position {place + 1}; "
+                "legal: values that never decrease along T"
+            )
+    for row, place in np.argwhere(stop_BT < start_BT)[:1]:
+        raise ValueError(
+            f"stop_BT is {stop_BT[row, place]} at row {row}, position {place}, where start_BT is "
+            f"{start_BT[row, place]}; legal: start_BT or more (equal: an empty interval)"
+        )

@@ -187,6 +187,10 @@ _ZEROS = functools.partial(jnp.zeros, dtype=jnp.float32)
         ({"log_decay_BTH": jnp.zeros((2, 3, 2), bool)}, "log_decay_BTH has dtype bool; legal are the floating dtypes"),
         ({"restart_BT": jnp.zeros((3, 2), bool)}, "restart_BT has shape (3, 2); legal beside this input is (2, 3)"),
         ({"restart_BT": jnp.zeros((2, 3), jnp.int32)}, "restart_BT has dtype int32; legal is bool"),
+        (
+            {"log_decay_BTH": jnp.full((2, 3, 2), 0.5)},
+            "log_decay_BTH holds values up to 0.5; legal: at most 0 (a decay of at most 1)",
+        ),
         ({"initial": (_ZEROS((2, 2, 4)), _ZEROS((2, 2)))}, "initial is a tuple; legal are None and LeakyState"),
         (
             {"initial": LeakyState(_ZEROS((2, 2, 5)), _ZEROS((2, 2)))},

@@ -14,6 +14,7 @@ import retrieval_cases as shared
 from jaxprs import array_sizes
 
 from mosaics_jax import visibility
+from pallas_kernels import checks
 from pallas_kernels.retrieval import blockwise, retrieve
 
 
@@ -317,6 +318,15 @@ _zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
             {"stop_BT": jnp.array([[1, 2, 3], [4, 5, 6]])},
             "stop_BT holds values from 1 to 6; legal: 0 to S = 5",
         ),
+        (
+            {"start_BT": jnp.array([[0, 0, 1], [0, 2, 1]])},
+            "start_BT goes back from 2 to 1 at row 1, position 2; legal: values that never decrease along T",
+        ),
+        (
+            {"start_BT": jnp.array([[0, 1, 1], [0, 0, 3]]), "stop_BT": jnp.array([[0, 1, 2], [1, 2, 2]])},
+            "stop_BT is 2 at row 1, position 2, where start_BT is 3; "
+            "legal: start_BT or more (equal: an empty interval)",
+        ),
     ],
 )
 def test_errors_name_the_argument_its_value_and_what_is_legal(changes, message):
@@ -331,3 +341,38 @@ def test_errors_name_the_argument_its_value_and_what_is_legal(changes, message):
     }
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         retrieve(**(arguments | changes))
+
+
+def test_inside_jit_values_are_checked_under_the_debug_flag_alone(monkeypatch):
+    arrays = _zeros((1, 3, 1, 4)), _zeros((1, 5, 1, 4)), _zeros((1, 5, 1, 4)), _zeros((1, 3, 1))
+    start_BT, stop_BT = jnp.array([[2, 0, 1]]), jnp.array([[5, 5, 5]])
+
+    def run():
+        read = jax.jit(lambda *arguments: retrieve(*arguments, implementation="xla"))  # a fresh one: traced anew
+        jax.block_until_ready(read(*arrays, start_BT, stop_BT))
+        jax.effects_barrier()
+
+    run()
+    monkeypatch.setenv(checks.VARIABLE, "1")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="start_BT goes back from 2 to 0 at row 0, position 1"):
+        run()
+
+
+def test_an_array_that_is_query_and_key_is_saved_once():
+    arrays, start_BT, stop_BT, _ = _problem("short_term")
+    _, key_BSHK, value_BSHV, bandwidth_BTH = map(jnp.asarray, arrays)
+
+    def saved(*moving):
+        _, pull = jax.vjp(lambda *moving: retrieve(*moving, bandwidth_BTH, start_BT, stop_BT), *moving)
+        return [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == key_BSHK.shape]
+
+    def read_of_one(key_BSHK, value_BSHV):
+        _, pull = jax.vjp(
+            lambda key, value: retrieve(key, key, value, bandwidth_BTH, start_BT, stop_BT), key_BSHK, value_BSHV
+        )
+        return [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == key_BSHK.shape]
+
+    program = jax.make_jaxpr(read_of_one)(key_BSHK, value_BSHV)
+    of_two = jax.make_jaxpr(saved)(key_BSHK, key_BSHK, value_BSHV)
+    assert len(set(of_two.jaxpr.outvars)) == 2
+    assert len(set(program.jaxpr.outvars)) == 1
