@@ -23,6 +23,7 @@ HEADS: Final = "heads"
 HEAD_WIDTH: Final = "head_width"
 FFN: Final = "ffn"
 MEMORY: Final = "memory"
+NORM: Final = "norm"  # the model width of a norm's scale
 
 # Mesh axes, outermost first.
 DATA: Final = "data"

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mosaics_jax import dims
+from mosaics_jax.collectives import gathered, greatest, index, scattered, total
+
 
 def next_token_loss(
     x_BTD: jax.Array, classifier_DV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array, chunk: int
@@ -17,10 +20,10 @@ def next_token_loss(
 
     Args:
       x_BTD: what the classifier reads. The matmuls run in its type, with float32 accumulation.
-      classifier_DV: float32.
+      classifier_DV: float32; on a mesh, this device's shard of it.
       targets_BT: ids of the next tokens.
       weight_BT: 0 where nothing is predicted: padding, and a document's end. Carries no gradient.
-      chunk: tokens whose logits are held at once (of B rows together; at least one of each row).
+      chunk: tokens whose logits a device holds at once (of B rows together; at least one of each row).
     """
     return _loss(chunk, x_BTD, classifier_DV, targets_BT, weight_BT)
 
@@ -43,21 +46,31 @@ def _chunk_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The chunk's weighted loss, its logits_BCV and their log-sum-exp."""
     logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, classifier_DV, preferred_element_type=jnp.float32)
-    log_total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    target_logit_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    top_BC1 = greatest(logits_BCV.max(axis=-1, keepdims=True), dims.TENSOR)
+    own_target_BC = _own_target(targets_BC, classifier_DV)
+    target_logit_BC = jnp.take_along_axis(logits_BCV, own_target_BC[..., None], axis=-1, mode="clip")[..., 0]
+    target_is_here_BC = (own_target_BC >= 0) & (own_target_BC < classifier_DV.shape[1])
+    sums = jnp.exp(logits_BCV - top_BC1).sum(axis=-1), jnp.where(target_is_here_BC, target_logit_BC, 0)
+    exp_sum_BC, target_logit_BC = total(sums, dims.TENSOR)
+    log_total_BC = jnp.log(exp_sum_BC) + top_BC1[..., 0]
     loss_BC = jnp.where(weight_BC == 0, 0, log_total_BC - target_logit_BC)  # padding's target may be any number
     return jnp.sum(weight_BC * loss_BC), logits_BCV, log_total_BC
+
+
+def _own_target(targets: jax.Array, classifier_DV: jax.Array) -> jax.Array:
+    """Target ids counted from the first of this device's part of the vocabulary."""
+    return targets - index(dims.TENSOR) * classifier_DV.shape[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(
     chunk: int, x_BTD: jax.Array, classifier_DV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array
 ) -> jax.Array:
-    low_DV = classifier_DV.astype(x_BTD.dtype)
+    low_DV = gathered(classifier_DV, 0, x_BTD.dtype)
 
-    def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def add(loss: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         x_BCD, targets_BC, weight_BC = part
-        return total + _chunk_loss(x_BCD, low_DV, targets_BC, weight_BC)[0], None
+        return loss + _chunk_loss(x_BCD, low_DV, targets_BC, weight_BC)[0], None
 
     return lax.scan(add, jnp.float32(0), _chunks(chunk, x_BTD, targets_BT, weight_BT))[0]
 
@@ -66,25 +79,25 @@ def _forward(
     chunk: int, x_BTD: jax.Array, classifier_DV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     batch, time, width = x_BTD.shape
-    low_DV = classifier_DV.astype(x_BTD.dtype)
+    low_DV = gathered(classifier_DV, 0, x_BTD.dtype)
 
     def add(
         carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        total, classifier_grad_DV = carry
+        loss, classifier_grad_DV = carry
         x_BCD, targets_BC, weight_BC = part
-        loss, logits_BCV, log_total_BC = _chunk_loss(x_BCD, low_DV, targets_BC, weight_BC)
-        is_target_BCV = targets_BC[..., None] == jnp.arange(low_DV.shape[1])
+        chunk_loss, logits_BCV, log_total_BC = _chunk_loss(x_BCD, low_DV, targets_BC, weight_BC)
+        is_target_BCV = _own_target(targets_BC, low_DV)[..., None] == jnp.arange(low_DV.shape[1])
         error_BCV = (jnp.exp(logits_BCV - log_total_BC[..., None]) - is_target_BCV) * weight_BC[..., None]
         error_BCV = error_BCV.astype(x_BCD.dtype)
         x_grad_BCD = jnp.einsum("BCV,DV->BCD", error_BCV, low_DV)
         classifier_grad_DV += jnp.einsum("BCD,BCV->DV", x_BCD, error_BCV, preferred_element_type=jnp.float32)
-        return (total + loss, classifier_grad_DV), x_grad_BCD
+        return (loss + chunk_loss, classifier_grad_DV), x_grad_BCD
 
-    start = (jnp.float32(0), jnp.zeros(classifier_DV.shape, jnp.float32))
-    (total, classifier_grad_DV), x_grad_NBCD = lax.scan(add, start, _chunks(chunk, x_BTD, targets_BT, weight_BT))
+    start = (jnp.float32(0), jnp.zeros(low_DV.shape, jnp.float32))
+    (loss, classifier_grad_DV), x_grad_NBCD = lax.scan(add, start, _chunks(chunk, x_BTD, targets_BT, weight_BT))
     x_grad_BTD = x_grad_NBCD.swapaxes(0, 1).reshape(batch, -1, width)[:, :time]
-    return total, (x_grad_BTD, classifier_grad_DV)
+    return loss, (total(x_grad_BTD, dims.TENSOR), scattered(classifier_grad_DV, 0))
 
 
 def _backward(chunk: int, gradients: tuple[jax.Array, jax.Array], loss_grad: jax.Array) -> tuple[jax.Array | None, ...]:

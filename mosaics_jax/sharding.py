@@ -1,6 +1,7 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ RULES: dict[str, str | None] = {
     dims.HEAD_WIDTH: None,
     dims.FFN: dims.TENSOR,
     dims.VOCABULARY: dims.TENSOR,
+    dims.NORM: None,
 }
 
 # Activations and batches: rows over data and fsdp, time over sequence.
@@ -39,13 +41,38 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(np.asarray(devices).reshape(shape), dims.MESH_AXES)
 
 
-def check_batch(mesh: Mesh, batch: int, accumulation: int) -> None:
-    """Raises ValueError where the rows of a micro-batch do not divide among the devices."""
+def check_batch(mesh: Mesh, batch: int, context: int, accumulation: int) -> None:
+    """Raises ValueError where the rows of a micro-batch, or their positions, do not divide among the devices."""
+    if context % mesh.shape[dims.SEQUENCE]:
+        raise ValueError(
+            f"mesh.sequence is {mesh.shape[dims.SEQUENCE]}, which does not divide data.context = {context}"
+        )
     shards = mesh.shape[dims.DATA] * mesh.shape[dims.FSDP]
     if batch % (shards * accumulation):
         raise ValueError(
             f"data.batch is {batch}; legal: a multiple of mesh data x fsdp x run.accumulation = {shards * accumulation}"
         )
+
+
+def parameter_specs(axes: dict[str, Any]) -> dict[str, Any]:
+    """The table applied: a PartitionSpec for every parameter, from its logical axes (`nn.model.parameter_axes`)."""
+    return jax.tree.map(
+        lambda names: PartitionSpec(*(RULES[name] for name in names)),
+        axes,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
+def over_mesh[Function: Callable](function: Function, in_specs: Any, out_specs: Any) -> Function:
+    """`function` run by every device of the mesh on its own shards; what passes between them is in `collectives`.
+
+    Under a mesh of one device, or none, it is the function itself. What `out_specs` leaves out must be equal on the
+    devices: jax is not asked to prove it (it cannot follow loops whose bounds vary, which the reads have).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def parameter_shardings(mesh: Mesh, axes: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One optimiser step and one evaluation step: pure functions of (state, batch)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from mosaics_jax import visibility
+from mosaics_jax import collectives, dims, sharding, visibility
 from mosaics_jax.config import Config, ModelConfig
 from mosaics_jax.data.source import Batch
 from mosaics_jax.loss import next_token_loss
@@ -53,11 +55,16 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     A non-finite loss or gradient leaves weights and optimiser as they are, and is counted.
     """
     optimizer, schedule = _optimizer(config), learning_rate(config.optimizer, config.run.steps)
+    specs = sharding.parameter_specs(nn_model.parameter_axes(config.model))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         delay = draw_delay(config, state.step)
         tokens = batch.weight.sum()
-        loss_sum, grads, health = _loss_and_grads(config, state.params, batch, delay)
+        loss_sum, grads, health = sharding.over_mesh(
+            functools.partial(_loss_and_grads, config, specs),
+            (specs, sharding.BATCH, PartitionSpec()),
+            (PartitionSpec(), specs, PartitionSpec()),
+        )(state.params, batch, delay)
         scale = 1 / jnp.maximum(tokens, 1)
         loss, grads = loss_sum * scale, jax.tree.map(lambda grad: grad * scale, grads)
         grad_norm = optax.tree.norm(grads)
@@ -90,9 +97,14 @@ def make_eval_step(config: Config) -> Callable[[dict[str, Any], Batch], tuple[ja
 
     def eval_step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
         loss_sum, _ = _loss_sum(params, config.model, config.run.loss_chunk, batch, config.model.delay_min)
-        return loss_sum, batch.weight.sum()
+        return collectives.total((loss_sum, batch.weight.sum()), *collectives.BATCH_AXES)
 
-    return eval_step
+    specs = sharding.parameter_specs(nn_model.parameter_axes(config.model))
+
+    def on_the_mesh(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return sharding.over_mesh(eval_step, (specs, sharding.BATCH), PartitionSpec())(params, batch)
+
+    return on_the_mesh
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
@@ -103,17 +115,21 @@ def _loss_sum(
     params: dict[str, Any], config: ModelConfig, chunk: int, batch: Batch, delay: jax.Array | int
 ) -> tuple[jax.Array, Any]:
     model = nn_model.from_values(config, params)
-    context = Context(visibility.document_start(batch.document), delay)
+    time = batch.document.shape[1]
+    first = collectives.first_position(time)
+    whole_BT = visibility.document_start(collectives.whole_time(batch.document))
+    context = Context(lax.dynamic_slice_in_dim(whole_BT, first, time, axis=1), delay, first)
     x_BTD, health = model.hidden(batch.tokens, context)
     return next_token_loss(x_BTD, model.classifier[...], batch.targets, batch.weight, chunk), health
 
 
 def _loss_and_grads(
-    config: Config, params: dict[str, Any], batch: Batch, delay: jax.Array
+    config: Config, specs: dict[str, Any], params: dict[str, Any], batch: Batch, delay: jax.Array
 ) -> tuple[jax.Array, dict[str, Any], Any]:
     """The loss and gradients summed over micro-batches, and the health of the memories over all of them.
 
-    Micro-batch a is rows a, a + A, ...: each device splits its own rows, and none travels.
+    Every device runs this on its own rows, of which micro-batch a is a, a + A, ...; `specs` say which shard of each
+    weight it holds. Sums over devices that wait for nothing are made once, at the end.
     """
     count = config.run.accumulation
 
@@ -128,4 +144,25 @@ def _loss_and_grads(
 
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     (loss_sum, grads), health = lax.scan(add, zeros, jax.tree.map(split, batch))
-    return loss_sum, grads, health
+    grads = jax.tree.map(_total_of_shard, grads, specs)
+    return collectives.total(loss_sum, *collectives.BATCH_AXES), grads, _whole_health(health)
+
+
+def _total_of_shard(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The gradient of all tokens, for the devices that hold this shard; along the spec's own axes it is summed."""
+    return collectives.total(grad, *(axis for axis in collectives.BATCH_AXES if axis not in spec))
+
+
+def _whole_health(health: Any) -> Any:
+    """The memories' health over the devices: counts add up, of ranges [least, mean, greatest] the widest is kept."""
+
+    def whole(path: Any, values: jax.Array) -> jax.Array:
+        if path[-1].key == "pairs":
+            return collectives.total(values, *collectives.BATCH_AXES)
+        axes = collectives.present(*dims.MESH_AXES)
+        if not axes:
+            return values
+        least, mean, greatest = values[..., 0], values[..., 1], values[..., 2]
+        return jnp.stack([lax.pmin(least, axes), lax.pmean(mean, axes), lax.pmax(greatest, axes)], axis=-1)
+
+    return jax.tree_util.tree_map_with_path(whole, health)

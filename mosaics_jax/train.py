@@ -43,14 +43,15 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             f"{manifest.vocabulary - 1}; set --config.model.vocabulary={manifest.vocabulary} or more"
         )
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.data.batch, config.run.accumulation)
+    sharding.check_batch(mesh, config.data.batch, config.data.context, config.run.accumulation)
     Rows(manifest, "train", config.data.context)  # both splits are checked before anything is made
     _valid_batches(config, manifest)
     record = checkpoint.RunRecord(config.to_dict(), manifest.fingerprint, 0)
     checkpoints = _open_workdir(workdir, config, manifest, record)
     try:
-        state, first_step = _make_state(config, mesh, checkpoints, record)
-        return _Loop(config, workdir, manifest, mesh, checkpoints, record).run(state, first_step)
+        with jax.set_mesh(mesh):  # modules divide their work over the mesh that they are traced under
+            state, first_step = _make_state(config, mesh, checkpoints, record)
+            return _Loop(config, workdir, manifest, mesh, checkpoints, record).run(state, first_step)
     finally:
         checkpoints.close()
 

@@ -15,9 +15,16 @@ PACKAGES = ("mosaics_jax", "pallas_kernels", "configs", "launch")
 FLOORS = [
     {"mosaics_jax", "mosaics_jax.dims"},
     {"mosaics_jax.config"},
-    {"configs", "mosaics_jax.visibility", "mosaics_jax.data", "pallas_kernels"},
+    {
+        "configs",
+        "mosaics_jax.visibility",
+        "mosaics_jax.data",
+        "mosaics_jax.sharding",
+        "mosaics_jax.collectives",
+        "pallas_kernels",
+    },
     {"mosaics_jax.nn"},
-    {"mosaics_jax.loss", "mosaics_jax.optimizer", "mosaics_jax.sharding"},
+    {"mosaics_jax.loss", "mosaics_jax.optimizer"},
     {"mosaics_jax.step", "mosaics_jax.metrics", "mosaics_jax.decode", "mosaics_jax.export"},
     {"mosaics_jax.checkpoint"},
     {"mosaics_jax.train", "mosaics_jax.api"},

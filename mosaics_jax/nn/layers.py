@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
-from mosaics_jax import dims
+from mosaics_jax import collectives, dims
 
 Initializer = Callable[["Seed", tuple[int, ...]], jax.Array]
 
@@ -49,6 +50,11 @@ def parameter(
     """A float32 parameter whose dimensions mean `axes` (logical axes of dims.py)."""
     assert len(shape) == len(axes), (name, shape, axes)
     return nnx.Param(initializer(seed.fold(name), shape), axes=axes)
+
+
+def weight(parameters: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+    """A weight as it is used: in the type of compute, whole along its model width. `axes` are its logical axes."""
+    return collectives.gathered(parameters, axes.index(dims.WIDTH), dtype)
 
 
 def truncated_normal(scale: jax.Array | float) -> Initializer:

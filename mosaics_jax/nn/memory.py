@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mosaics_jax import dims, visibility
+from mosaics_jax import collectives, dims, visibility
 from mosaics_jax.config import ModelConfig
 from mosaics_jax.nn import layers
 from mosaics_jax.nn.cache import fill, write
@@ -20,11 +20,26 @@ class Context(NamedTuple):
 
     document_start_BT: jax.Array
     delay: jax.Array | int
+    first: jax.Array | int = 0  # where in the row the positions here begin
 
     @property
     def position_BT(self) -> jax.Array:
         """Index inside the document, from 0."""
-        return jnp.arange(self.document_start_BT.shape[1], dtype=jnp.int32) - self.document_start_BT
+        time = self.document_start_BT.shape[1]
+        return self.first + jnp.arange(time, dtype=jnp.int32) - self.document_start_BT
+
+    def seen(
+        self, key_BTHK: jax.Array, value_BTHK: jax.Array, interval: visibility.Interval, window: int | None
+    ) -> tuple[jax.Array, jax.Array, visibility.Interval]:
+        """The stored pairs that the positions here may see, also those of other devices, and the interval among them.
+
+        Without a window these are the whole row's; with one, `window` - 1 before the first position here are enough.
+        """
+        if window is None:
+            return collectives.whole_time(key_BTHK), collectives.whole_time(value_BTHK), interval
+        key_BSHK, value_BSHK = (collectives.with_preceding(array, window - 1) for array in (key_BTHK, value_BTHK))
+        before = key_BSHK.shape[1] - key_BTHK.shape[1]
+        return key_BSHK, value_BSHK, interval.among(self.first - before)
 
 
 class MemoryCache(NamedTuple):
@@ -108,8 +123,8 @@ class AssociativeMemory(nnx.Module):
 
     def _interval(self, context: Context) -> visibility.Interval:
         if self.kind == "short":
-            return visibility.short_term(context.document_start_BT, self.config.window)
-        return visibility.long_term(context.document_start_BT, context.delay)
+            return visibility.short_term(context.document_start_BT, self.config.window, context.first)
+        return visibility.long_term(context.document_start_BT, context.delay, context.first)
 
     def _read_rows(
         self, x_BTD: jax.Array, context: Context
@@ -118,7 +133,10 @@ class AssociativeMemory(nnx.Module):
         raw_BTHK = self.value.raw(x_BTD)
         value_BTHK = self.value.values(raw_BTHK, context.document_start_BT)
         interval = self._interval(context)
-        output_BTHK, bandwidth_BTH = self._read(keys.key_BTHK, keys.key_BTHK, value_BTHK, interval)
+        window = self.config.window if self.kind == "short" else None
+        output_BTHK, bandwidth_BTH = self._read(
+            keys.key_BTHK, *context.seen(keys.key_BTHK, value_BTHK, interval, window)
+        )
         health = {
             "pairs": interval.count_BT.sum(dtype=jnp.float32),
             "log_gate": _range(keys.log_gate_BTH),

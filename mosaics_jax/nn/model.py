@@ -4,6 +4,8 @@ A memory mosaic and a transformer differ in the contextual memories of their blo
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from mosaics_jax import dims, visibility
+from mosaics_jax import collectives, dims, visibility
 from mosaics_jax.config import ModelConfig
 from mosaics_jax.nn import layers
 from mosaics_jax.nn.memory import AssociativeMemory, Context
@@ -23,6 +25,8 @@ from mosaics_jax.nn.transformer import Attention
 # How one contextual memory is read: (memory, x_BTD, its cache or None) -> (o_BTHK, what the reader keeps).
 Reader = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 
+_READ = (dims.MEMORY, dims.HEADS, dims.HEAD_WIDTH, dims.WIDTH)
+_EMBEDDING = (dims.VOCABULARY, dims.WIDTH)
 _CONTEXTUAL = {"mosaic": AssociativeMemory, "transformer": Attention}
 
 
@@ -36,7 +40,7 @@ def _remat(policy: str) -> Callable[[Callable], Callable]:
     return lambda body: jax.checkpoint(
         body,
         policy=keep.save_from_both_policies(
-            keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("retrieved")
+            keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("retrieved", "summed")
         ),
     )
 
@@ -51,24 +55,27 @@ class Block(nnx.Module):
         self.config = config
         one = layers.constant(1.0)
         normal = layers.truncated_normal(1 / jnp.sqrt(2.0 * config.width * (layer + 1)))
-        self.memory_norm = layers.parameter(seed, "memory_norm", (config.width,), (dims.WIDTH,), one)
+        self.memory_norm = layers.parameter(seed, "memory_norm", (config.width,), (dims.NORM,), one)
         for kind in config.memories:
             memory = _CONTEXTUAL[config.architecture](config, kind, layer, seed.fold(kind))
             setattr(self, kind, memory)
         shape = (len(config.memories), config.heads, config.head_width, config.width)
-        self.W_o = layers.parameter(seed, "W_o", shape, (dims.MEMORY, dims.HEADS, dims.HEAD_WIDTH, dims.WIDTH), normal)
-        self.persistent_norm = layers.parameter(seed, "persistent_norm", (config.width,), (dims.WIDTH,), one)
+        self.W_o = layers.parameter(seed, "W_o", shape, _READ, normal)
+        self.persistent_norm = layers.parameter(seed, "persistent_norm", (config.width,), (dims.NORM,), one)
         self.persistent = PersistentMemory(config, layer, seed.fold("persistent"))
 
     def __call__(self, x_BTD: jax.Array, read: Reader, cache: Any = None) -> tuple[jax.Array, dict[str, Any]]:
         """The block's output, and for each contextual memory what `read` kept."""
         epsilon = self.config.norm_epsilon
-        seen_BTD = layers.rms_norm(x_BTD, self.memory_norm[...], epsilon)
-        kept = {}
+        seen_BTD = collectives.enter(layers.rms_norm(x_BTD, self.memory_norm[...], epsilon))
+        W_o_MHKD = layers.weight(self.W_o[...], _READ, x_BTD.dtype)
+        kept, reads = {}, []
         for slot, kind in enumerate(self.config.memories):
             output_BTHK, kept[kind] = read(getattr(self, kind), seen_BTD, None if cache is None else cache[kind])
-            x_BTD += jnp.einsum("BTHK,HKD->BTD", output_BTHK, self.W_o[...][slot].astype(x_BTD.dtype))
-        x_BTD += self.persistent(layers.rms_norm(x_BTD, self.persistent_norm[...], epsilon))
+            reads.append(jnp.einsum("BTHK,HKD->BTD", output_BTHK, W_o_MHKD[slot]))
+        x_BTD += collectives.leave(functools.reduce(operator.add, reads))
+        seen_BTD = collectives.enter(layers.rms_norm(x_BTD, self.persistent_norm[...], epsilon))
+        x_BTD += collectives.leave(self.persistent(seen_BTD))
         return x_BTD, kept
 
 
@@ -79,11 +86,11 @@ class LanguageModel(nnx.Module):
         self.config = config
         root = layers.Seed(seed)
         normal = layers.truncated_normal((2 * config.width) ** -0.5)
-        shape, axes = (config.vocabulary, config.width), (dims.VOCABULARY, dims.WIDTH)
-        self.embedding = layers.parameter(root, "embedding", shape, axes, normal)
+        shape = (config.vocabulary, config.width)
+        self.embedding = layers.parameter(root, "embedding", shape, _EMBEDDING, normal)
         self.blocks = layers.stack(lambda layer, seed: Block(config, layer, seed), root.fold("blocks"), config.layers)
-        self.final_norm = layers.parameter(root, "final_norm", shape[1:], axes[1:], layers.constant(1.0))
-        self.classifier = layers.parameter(root, "classifier", shape[::-1], axes[::-1], normal)
+        self.final_norm = layers.parameter(root, "final_norm", shape[1:], (dims.NORM,), layers.constant(1.0))
+        self.classifier = layers.parameter(root, "classifier", shape[::-1], _EMBEDDING[::-1], normal)
 
     def __call__(
         self, tokens_BT: jax.Array, document_BT: jax.Array | None = None, delay: jax.Array | int | None = None
@@ -130,9 +137,18 @@ class LanguageModel(nnx.Module):
             state, layer_cache = layer
             return nnx.merge(graph, state)(x_BTD, read, layer_cache)
 
-        x_BTD = self.embedding[...].astype(self.config.compute_dtype)[tokens_BT]
+        x_BTD = self._embed(tokens_BT)
         x_BTD, kept = jax.lax.scan(_remat(self.config.remat)(body), x_BTD, (stacked, cache))
         return layers.rms_norm(x_BTD, self.final_norm[...], self.config.norm_epsilon), kept
+
+    def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the embedding; each device along tensor adds those of its part of the vocabulary."""
+        table_VD = layers.weight(self.embedding[...], _EMBEDDING, self.config.compute_dtype)
+        if collectives.size(dims.TENSOR) == 1:
+            return table_VD[tokens_BT]
+        own_BT = tokens_BT - collectives.index(dims.TENSOR) * table_VD.shape[0]
+        here_BT1 = ((own_BT >= 0) & (own_BT < table_VD.shape[0]))[..., None]
+        return collectives.leave(jnp.where(here_BT1, table_VD.at[own_BT].get(mode="clip"), 0))
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """logits_BTV in float32."""

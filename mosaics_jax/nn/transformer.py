@@ -13,6 +13,8 @@ from mosaics_jax.nn.cache import fill, write
 from mosaics_jax.nn.memory import Context
 from pallas_kernels.retrieval import retrieve
 
+_PROJECTION = (dims.WIDTH, dims.HEADS, dims.HEAD_WIDTH)
+
 
 class AttentionCache(NamedTuple):
     """The pairs that decoding reads; keys are already turned."""
@@ -33,17 +35,17 @@ class Attention(nnx.Module):
         self.kind = kind
         normal = layers.truncated_normal(1 / jnp.sqrt(2.0 * config.width * (layer + 1)))
         shape = (config.width, config.heads, config.head_width)
-        axes = (dims.WIDTH, dims.HEADS, dims.HEAD_WIDTH)
-        self.W_q = layers.parameter(seed, "W_q", shape, axes, normal)
-        self.W_k = layers.parameter(seed, "W_k", shape, axes, normal)
-        self.W_v = layers.parameter(seed, "W_v", shape, axes, normal)
+        self.W_q = layers.parameter(seed, "W_q", shape, _PROJECTION, normal)
+        self.W_k = layers.parameter(seed, "W_k", shape, _PROJECTION, normal)
+        self.W_v = layers.parameter(seed, "W_v", shape, _PROJECTION, normal)
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Reads o_BTHK, and the number of visible pairs."""
         query_BTHK, key_BTHK, value_BTHK = self._project(x_BTD, context.position_BT)
         interval = self._interval(context)
         health = {"pairs": interval.count_BT.sum(dtype=jnp.float32)}
-        return self._read(query_BTHK, key_BTHK, value_BTHK, interval), health
+        window = self.config.window if self.kind == "short" else None
+        return self._read(query_BTHK, *context.seen(key_BTHK, value_BTHK, interval, window)), health
 
     def prefill(
         self, x_BTD: jax.Array, context: Context, length_B: jax.Array, max_length: int
@@ -70,17 +72,18 @@ class Attention(nnx.Module):
         return self._read(query_B1HK, cache.key_BSHK, cache.value_BSHK, interval), cache
 
     def _project(self, x_BTD: jax.Array, position_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        dtype = x_BTD.dtype
-        query_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.W_q[...].astype(dtype))
-        key_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.W_k[...].astype(dtype))
-        value_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.W_v[...].astype(dtype))
+        query_BTHK, key_BTHK, value_BTHK = (
+            jnp.einsum("BTD,DHK->BTHK", x_BTD, layers.weight(stored[...], _PROJECTION, x_BTD.dtype))
+            for stored in (self.W_q, self.W_k, self.W_v)
+        )
         theta = self.config.rope_theta
         return rotate(query_BTHK, position_BT, theta), rotate(key_BTHK, position_BT, theta), value_BTHK
 
     def _interval(self, context: Context) -> visibility.Interval:
         if self.kind == "long":
-            return visibility.long_term(context.document_start_BT, context.delay)
-        return visibility.causal(context.document_start_BT, self.config.window if self.kind == "short" else None)
+            return visibility.long_term(context.document_start_BT, context.delay, context.first)
+        window = self.config.window if self.kind == "short" else None
+        return visibility.causal(context.document_start_BT, window, context.first)
 
     def _read(
         self, query_BTHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, interval: visibility.Interval
