@@ -116,12 +116,14 @@ class _Loop:
         self._config, self._workdir, self._manifest = config, workdir, manifest
         self._checkpoints, self._record = checkpoints, record
         self._batch_sharding = NamedSharding(mesh, sharding.BATCH)
-        self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
         self._eval_step = jax.jit(make_eval_step(config))
         self._stop_signal = False
 
     def run(self, state: TrainState, first_step: int) -> dict[str, Any]:
         config = self._config
+        # The new state lies where the old one did: left to itself, the compiler makes weights whole after the update.
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        self._train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(placed, None))
         self._writer = metrics.MetricWriter(self._workdir, config.run.steps, first_step)
         self._announce(state, first_step)
         rows = batches(

@@ -5,6 +5,7 @@ program that makes the state holds.
 """
 
 import functools
+import json
 import pathlib
 import re
 import sys
@@ -90,7 +91,32 @@ def run(of: Config, devices: int) -> dict[str, np.ndarray]:
         return result | {"loss": np.asarray(losses), "delay": np.asarray(delays)}
 
 
+def parameters(name: str) -> int:
+    shapes = jax.eval_shape(lambda: init_state(config(name))).params
+    return sharding.count(shapes)
+
+
+def programs(directory: pathlib.Path) -> None:
+    """The text of the compiled train step on some meshes, and the sizes of their axes."""
+    meshes = {name: MESHES[name] for name in ("data", "fsdp_tensor")}
+    meshes["fsdp_sequence_long_stretches"] = {"fsdp": 4, "sequence": 2}  # longer than the window
+    for name, sizes in meshes.items():
+        of = config("mosaic", **sizes)
+        mesh = sharding.make_mesh(of.mesh, jax.devices())
+        with jax.set_mesh(mesh):
+            shapes = jax.eval_shape(lambda of=of: init_state(of))
+            placed = state_shardings(of, mesh, shapes)
+            state = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, placed)
+            rows = NamedSharding(mesh, sharding.BATCH)
+            batch = jax.tree.map(lambda x, d=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=d), batches(of)[0])
+            step = jax.jit(make_train_step(of), donate_argnums=0, out_shardings=(placed, None))
+            (directory / f"{name}.hlo").write_text(step.lower(state, batch).compile().as_text())
+            (directory / f"{name}.json").write_text(json.dumps(dict(mesh.shape)))
+
+
 def main(name: str, directory: str) -> None:
+    if name == "programs":
+        return programs(pathlib.Path(directory))
     for mesh, sizes in MESHES.items():
         devices = int(np.prod(list(sizes.values())))
         np.savez(pathlib.Path(directory) / f"{mesh}.npz", **run(config(name, **sizes), devices))  # type: ignore[arg-type]
