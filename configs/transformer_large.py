@@ -11,7 +11,7 @@ import ml_collections
 from configs import large
 
 
-def get_config() -> ml_collections.ConfigDict:
-    config = large.get_config()
+def get_config(gpus: str = "256") -> ml_collections.ConfigDict:
+    config = large.get_config(gpus)
     config.model.update(architecture="transformer", memories=("full",))
     return config

@@ -14,7 +14,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             rest = flags.FLAGS(list(argv))
         except flags.Error as error:
-            _fail(str(error) + "; --help lists the flags")
+            _fail(_last_error(str(error)) + "; --help lists the flags")
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # a config or an override
             _fail(_plain(error))
         if len(rest) > 1:
@@ -34,6 +34,13 @@ def run(main: Callable[[], None]) -> None:
 
 def _plain(error: Exception) -> str:
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+def _last_error(message: str) -> str:
+    """A flag's own message; of one that holds a traceback (a config that refuses its argument), what was raised."""
+    if "Traceback (most recent call last)" not in message:
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def _fail(message: str) -> None:

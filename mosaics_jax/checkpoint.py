@@ -18,7 +18,7 @@ from mosaics_jax.step import TrainState
 # Fields that may change between restarts: they move no number beyond the rounding of a reduction.
 FREE_FIELDS = frozenset(
     {"data.path", "data.workers", "data.prefetch", "checkpoint.every", "checkpoint.keep"}
-    | {"run.log_every", "run.eval_every", "run.eval_batches", "run.max_skipped"}
+    | {"run.accumulation", "run.log_every", "run.eval_every", "run.eval_batches", "run.max_skipped"}
     | {f"mesh.{field.name}" for field in dataclasses.fields(Config().mesh)}
 )
 

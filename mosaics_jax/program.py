@@ -35,6 +35,7 @@ class Collective:
     devices: int  # of a group
     count: int  # executions: 1, times the trips of the loops around it
     source: str  # the operation of the program that it was made for
+    is_async: bool  # whether other work may go on meanwhile
 
     @property
     def sent(self) -> float:
@@ -128,6 +129,7 @@ def _collective(line: str, match: re.Match[str], executions: int, mesh: Mapping[
         devices=len(group),
         count=executions,
         source=source[1] if source else "",
+        is_async=match[3] is not None and '"is_sync":true' not in line,
     )
 
 

@@ -1,5 +1,6 @@
 """The mesh, and the one table from logical axes to mesh axes."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,17 +28,23 @@ RULES: dict[str, str | None] = {
 BATCH = PartitionSpec((dims.DATA, dims.FSDP), dims.SEQUENCE)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh (data, fsdp, sequence, tensor) of all devices."""
-    devices = jax.devices() if devices is None else devices
+def sizes(config: MeshConfig, devices: int) -> MeshConfig:
+    """The axes with data = -1 filled in. Raises ValueError where their product is not the number of devices."""
     others = config.fsdp * config.sequence * config.tensor
-    data = len(devices) // others if config.data == -1 else config.data
-    if data * others != len(devices):
+    data = devices // others if config.data == -1 else config.data
+    if data * others != devices:
         raise ValueError(
             f"mesh is data {config.data} x fsdp {config.fsdp} x sequence {config.sequence} x tensor {config.tensor}, "
-            f"but there are {len(devices)} devices; legal: a product of {len(devices)}"
+            f"but there are {devices} devices; legal: a product of {devices}"
         )
-    shape = (data, config.fsdp, config.sequence, config.tensor)
+    return dataclasses.replace(config, data=data)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh (data, fsdp, sequence, tensor) of all devices, tensor innermost: its members are nearest."""
+    devices = jax.devices() if devices is None else devices
+    full = sizes(config, len(devices))
+    shape = tuple(getattr(full, axis) for axis in dims.MESH_AXES)
     return Mesh(np.asarray(devices).reshape(shape), dims.MESH_AXES)
 
 

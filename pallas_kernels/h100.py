@@ -6,6 +6,7 @@ Needs the `h100` extra (the CUDA plugin of JAX and the compiler packages of CUDA
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import choice
 
@@ -92,6 +93,21 @@ def _find(name: str) -> pathlib.Path | None:
     return pathlib.Path(next(iter(spec.submodule_search_locations)))
 
 
+def devices(count: int) -> list[Any]:
+    """That many H100s that are not there, eight a node: a mesh of them can be compiled for.
+
+    Raises:
+      ValueError: something that compiling needs is not installed.
+    """
+    if absent := missing():
+        raise ValueError(f"{', '.join(absent)} not installed, which compiling for an H100 needs; {INSTALL}")
+    in_node = math.gcd(count, 8)
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=_TARGET, topology=f"{count // in_node}x{in_node}x1"
+    )
+    return list(topology.devices)
+
+
 def compile_for(
     function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> tuple[Any, list[Kernel]]:
@@ -102,10 +118,7 @@ def compile_for(
     Raises:
       ValueError: something that compiling needs is not installed.
     """
-    if absent := missing():
-        raise ValueError(f"{', '.join(absent)} not installed, which compiling for an H100 needs; {INSTALL}")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=_TARGET, topology="1x1x1")
-    sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
+    sharding = NamedSharding(Mesh(devices(1), "device"), PartitionSpec())
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments)
     with tempfile.TemporaryDirectory() as directory, _dumps(directory), choice.compiling_for("9.0"):
         # A function of its own: of `function` jax may remember what it traced for this machine.

@@ -43,10 +43,12 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_kinds_axes_bytes_and_executions_are_read():
     found = {c.kind: c for c in collectives(TEXT, {"data": 2, "fsdp": 2})}
-    assert found["all-gather"] == Collective("all-gather", "f32", ((8,),), 32, ("fsdp",), 2, 5, "jit(f)/all_gather")
-    assert found["reduce-scatter"] == Collective("reduce-scatter", "bf16", ((4, 2),), 32, ("fsdp",), 2, 6, "")
-    assert found["all-reduce"] == Collective("all-reduce", "f32", ((3,), (5,)), 32, ("data",), 2, 2, "")
-    assert found["collective-permute"] == Collective("collective-permute", "u8", ((6,),), 6, ("data",), 2, 1, "")
+    assert found["all-gather"] == Collective(
+        "all-gather", "f32", ((8,),), 32, ("fsdp",), 2, 5, "jit(f)/all_gather", False
+    )
+    assert found["reduce-scatter"] == Collective("reduce-scatter", "bf16", ((4, 2),), 32, ("fsdp",), 2, 6, "", True)
+    assert found["all-reduce"] == Collective("all-reduce", "f32", ((3,), (5,)), 32, ("data",), 2, 2, "", False)
+    assert found["collective-permute"] == Collective("collective-permute", "u8", ((6,),), 6, ("data",), 2, 1, "", True)
     assert [found[kind].sent for kind in ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")] == [
         5 * 16.0, 6 * 16.0, 2 * 32.0, 6.0,
     ]  # fmt: skip

@@ -198,6 +198,12 @@ def parameter_axes(config: ModelConfig) -> dict[str, Any]:
     return unflatten_dict({path: variable.get_metadata("axes") for path, variable in nnx.to_flat_state(state)})
 
 
+@functools.cache
+def parameter_count(config: ModelConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(to_values(abstract(config))))
+
+
+@functools.cache
 def matmul_weights(config: ModelConfig) -> int:
     """Weights that multiply every token: all matrices but the embedding, of which a token reads one row."""
     leaves = jax.tree.leaves(nnx.state(abstract(config)), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
