@@ -3,7 +3,9 @@
 python -m launch.train --config=configs/tiny.py --workdir=runs/tiny --config.data.path=data/python
 """
 
+import re
 import sys
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,6 +21,13 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, config")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells")
+_PROCESSES = flags.DEFINE_integer("processes", None, "processes of the run, where no scheduler tells")
+_PROCESS = flags.DEFINE_integer("process", None, "the number of this one, from 0, where no scheduler tells")
+_WAIT = flags.DEFINE_integer("wait", 300, "seconds in which all processes must have come")
+_HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent process is taken for dead")
+
+PREEMPTED = 75  # the exit code of a run that was told to stop, and saved: the same command goes on
 
 
 def main() -> None:
@@ -31,12 +40,35 @@ def main() -> None:
     except OSError as error:  # config_flags keeps a failure to load until the config is read
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise ValueError(f"no config file {name!r}; the shipped ones are in configs/") from error
+    from mosaics_jax.processes import connect
     from mosaics_jax.train import TrainingStopped, train  # after the flags: a typo is answered before JAX loads
 
+    connect(_place(), _WAIT.value, _HEARTBEAT.value)
     try:
-        train(config, _WORKDIR.value)
+        finished = train(config, _WORKDIR.value) is not None
     except TrainingStopped as error:
         sys.exit(f"stopped: {error}")
+    if not finished:
+        sys.exit(PREEMPTED)
+
+
+def _place() -> Any:
+    """The place that the flags name, or None."""
+    from mosaics_jax.processes import Place
+
+    coordinator, processes, process = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    if coordinator is None and processes is None and process is None:
+        return None
+    if (
+        (coordinator is None or processes is None or process is None)
+        or not re.fullmatch(r".+:\d+", coordinator)
+        or not 0 <= process < processes
+    ):
+        raise ValueError(
+            f"--coordinator is {coordinator}, --processes {processes}, --process {process}; "
+            "legal: HOST:PORT of process 0, the number of processes, and a number below it"
+        )
+    return Place(coordinator, processes, process, [])
 
 
 if __name__ == "__main__":

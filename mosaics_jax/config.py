@@ -153,10 +153,14 @@ class MeshConfig:
     fsdp: int = _field(1, "shards of the weights' model width, and of the batch")
     sequence: int = _field(1, "shards of time")
     tensor: int = _field(1, "shards of heads and feed-forward width")
+    processes: int = _field(0, "processes that must have come; 0 takes any number")
+    devices_per_process: int = _field(0, "devices that each must have; 0 takes any number")
 
     def __post_init__(self) -> None:
         _check(self, "data", self.data == -1 or self.data >= 1, "-1 or an integer of 1 or more")
         _check_positive(self, "fsdp", "sequence", "tensor")
+        for field in ("processes", "devices_per_process"):
+            _check(self, field, getattr(self, field) >= 0, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return Mesh(np.asarray(devices).reshape(shape), dims.MESH_AXES)
 
 
+def rows_here(mesh: Mesh, batch: int) -> range:
+    """The rows of a global batch that this process's devices hold, in whole or in part."""
+    held: Any = NamedSharding(mesh, PartitionSpec(BATCH[0])).addressable_devices_indices_map((batch,))
+    ends = [rows.indices(batch)[:2] for (rows,) in held.values()]
+    first, stop = min(start for start, _ in ends), max(stop for _, stop in ends)
+    assert stop - first == sum(stop - start for start, stop in set(ends)), "a process's rows do not lie together"
+    return range(first, stop)
+
+
 def check_batch(mesh: Mesh, batch: int, context: int, accumulation: int) -> None:
     """Raises ValueError where the rows of a micro-batch, or their positions, do not divide among the devices."""
     if context % mesh.shape[dims.SEQUENCE]:

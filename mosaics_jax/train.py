@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mosaics_jax import checkpoint, metrics, sharding
+from mosaics_jax import checkpoint, metrics, processes, sharding
 from mosaics_jax.config import Config
 from mosaics_jax.data.pipeline import batches
 from mosaics_jax.data.source import Batch, Manifest, Rows
@@ -30,10 +31,11 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on: too many steps in a row had a non-finite loss or gradient."""
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
+def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any] | None:
     """Trains until `run.steps`, resuming whatever `workdir` holds; returns the last evaluation.
 
-    SIGTERM saves a checkpoint and returns early. Raises ValueError for what the user can mend, and TrainingStopped.
+    SIGTERM, to any process, saves a checkpoint and returns None. Raises ValueError for what the user can mend, and
+    TrainingStopped.
     """
     workdir = pathlib.Path(workdir)
     manifest = Manifest.load(config.data.path)
@@ -42,10 +44,11 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
             f"model.vocabulary is {config.model.vocabulary}, but the corpus {config.data.path} has token ids up to "
             f"{manifest.vocabulary - 1}; set --config.model.vocabulary={manifest.vocabulary} or more"
         )
+    processes.check_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch, config.data.context, config.run.accumulation)
     Rows(manifest, "train", config.data.context)  # both splits are checked before anything is made
-    _valid_batches(config, manifest)
+    _valid_batches(config, manifest, mesh)
     record = checkpoint.RunRecord(config.to_dict(), manifest.fingerprint, 0)
     checkpoints = _open_workdir(workdir, config, manifest, record)
     try:
@@ -66,6 +69,8 @@ def _open_workdir(
     if jax.process_index() == 0:
         load_tokenizer(manifest.tokenizer_directory).save(workdir / "tokenizer")
         checkpoint.write_run_record(workdir, record)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir")
     return checkpoint.Checkpoints(workdir, config.checkpoint)
 
 
@@ -98,10 +103,10 @@ def state_shardings(config: Config, mesh: Mesh, shapes: TrainState) -> TrainStat
     return TrainState(everywhere, everywhere, everywhere, params, opt_state)
 
 
-def _valid_batches(config: Config, manifest: Manifest) -> Iterator[Batch]:
+def _valid_batches(config: Config, manifest: Manifest, mesh: Mesh) -> Iterator[Batch]:
     one_pass = batches(
         manifest, "valid", context=config.data.context, batch=config.data.batch, seed=0, shuffle=False, repeat=False,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        share=sharding.rows_here(mesh, config.data.batch),
     )  # fmt: skip
     return itertools.islice(one_pass, config.run.eval_batches)
 
@@ -115,32 +120,39 @@ class _Loop:
     ):  # fmt: skip
         self._config, self._workdir, self._manifest = config, workdir, manifest
         self._checkpoints, self._record = checkpoints, record
-        self._batch_sharding = NamedSharding(mesh, sharding.BATCH)
+        self._mesh, self._batch_sharding = mesh, NamedSharding(mesh, sharding.BATCH)
+        self._share = sharding.rows_here(mesh, config.data.batch)
         self._eval_step = jax.jit(make_eval_step(config))
         self._stop_signal = False
 
-    def run(self, state: TrainState, first_step: int) -> dict[str, Any]:
+    def run(self, state: TrainState, first_step: int) -> dict[str, Any] | None:
         config = self._config
         # The new state lies where the old one did: left to itself, the compiler makes weights whole after the update.
         placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        self._train_step = jax.jit(make_train_step(config), donate_argnums=0, out_shardings=(placed, None))
+        self._train_step = jax.jit(
+            make_train_step(config), donate_argnums=0, out_shardings=(placed, sharding.replicated(self._mesh))
+        )
         self._writer = metrics.MetricWriter(self._workdir, config.run.steps, first_step)
         self._announce(state, first_step)
         rows = batches(
             self._manifest, "train", context=config.data.context, batch=config.data.batch, seed=config.data.seed,
             start_batch=first_step, workers=config.data.workers, prefetch=config.data.prefetch,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            share=self._share,
         )  # fmt: skip
-        previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        alone = (
+            jax.process_count() == 1
+        )  # else jax hears the signal, whichever process gets it, and all agree on a step
+        previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
         try:
             with jax.transfer_guard("disallow"):
                 return self._steps(state, first_step, rows)
         finally:
-            signal.signal(signal.SIGTERM, previous_handler)
+            if alone:
+                signal.signal(signal.SIGTERM, previous_handler)
             rows.close()  # type: ignore[attr-defined]
             self._writer.close()
 
-    def _steps(self, state: TrainState, first_step: int, rows: Iterator[Batch]) -> dict[str, Any]:
+    def _steps(self, state: TrainState, first_step: int, rows: Iterator[Batch]) -> dict[str, Any] | None:
         run, every = self._config.run, self._config.checkpoint.every
         evaluation: dict[str, Any] = {}
         pending: Any = None
@@ -150,6 +162,8 @@ class _Loop:
             self._report(step, pending)  # the step before's: the device works on this one meanwhile
             pending = raw
             done = step + 1
+            if jax.process_count() > 1:
+                self._stop_signal = multihost_utils.reached_preemption_sync_point(done)
             if done % run.eval_every == 0 or done == run.steps or self._stop_signal:
                 self._report(done, pending)
                 pending = None
@@ -160,12 +174,24 @@ class _Loop:
             if self._stop_signal:
                 self._checkpoints.wait()
                 self._writer.say(f"SIGTERM: saved step {done}; the same command resumes")
-                return evaluation
+                return None
         self._checkpoints.wait()
         return evaluation or self._evaluate(state.params, run.steps)
 
     def _put(self, batch: Batch) -> Batch:
-        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(self._batch_sharding, rows), batch)
+        """The global batch, of which this process gives its rows, and of those what each of its devices holds."""
+        whole = (self._config.data.batch, self._config.data.context)
+        first = self._share.start
+
+        def place(field: np.ndarray) -> jax.Array:
+            parts = []
+            held: Any = self._batch_sharding.addressable_devices_indices_map(whole)
+            for device, (rows, positions) in held.items():
+                start, stop, _ = rows.indices(whole[0])
+                parts.append(jax.device_put(field[start - first : stop - first, positions], device))
+            return jax.make_array_from_single_device_arrays(whole, self._batch_sharding, parts)
+
+        return jax.tree.map(place, batch)
 
     def _report(self, step: int, raw: Any) -> None:
         """Reads and writes the metrics of the step that ended as number `step` (counted from 1)."""
@@ -191,7 +217,10 @@ class _Loop:
 
     def _evaluate(self, params: Any, step: int) -> dict[str, Any]:
         start = time.perf_counter()
-        sums = [self._eval_step(params, self._put(batch)) for batch in _valid_batches(self._config, self._manifest)]
+        sums = [
+            self._eval_step(params, self._put(batch))
+            for batch in _valid_batches(self._config, self._manifest, self._mesh)
+        ]
         loss_sum, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
         split = self._manifest.split("valid")
         loss = float(loss_sum) / max(1.0, float(tokens))

@@ -51,13 +51,11 @@ def batches(
     prefetch: int = 2,
     shuffle: bool = True,
     repeat: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: range | None = None,
 ) -> Iterator[Batch]:
     """This process's share of the global batches start_batch, start_batch + 1, ...
 
-    The share is rows [process_index, process_index + 1) * batch / process_count of each global batch. Closing the
-    iterator, or dropping it, stops its threads and processes.
+    Closing the iterator, or dropping it, stops its threads and processes.
 
     Args:
       batch: rows of a global batch.
@@ -66,20 +64,20 @@ def batches(
       prefetch: batches made ahead, by each worker.
       shuffle: every epoch in an order of its own; otherwise in the order of the text.
       repeat: epoch after epoch, for ever; otherwise one pass, without the rows that do not fill a last batch.
+      share: which rows of every global batch to read; None is all of them.
 
     Raises:
       ValueError: at once for an argument out of range, a damaged corpus, or one pass of less than a batch; while
         reading, from any worker, for a damaged shard.
     """
-    least = {"batch": 1, "start_batch": 0, "workers": 0, "prefetch": 1, "process_count": 1}
-    given = (batch, start_batch, workers, prefetch, process_count)
+    least = {"batch": 1, "start_batch": 0, "workers": 0, "prefetch": 1}
+    given = (batch, start_batch, workers, prefetch)
     for (name, limit), value in zip(least.items(), given, strict=True):
         if value < limit:
             raise ValueError(f"{name} is {value}; legal: an integer of {limit} or more")
-    if batch % process_count:
-        raise ValueError(f"batch is {batch}, which {process_count} processes cannot share equally; take a multiple")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}; legal: 0 to process_count - 1 = {process_count - 1}")
+    share = range(batch) if share is None else share
+    if not (share and 0 <= share[0] <= share[-1] < batch):
+        raise ValueError(f"share is {share}; legal: one or more rows of a batch, 0 to {batch - 1}")
     rows = Rows(manifest, split, context)
     if len(rows) > _MOST_ROWS:
         raise ValueError(f"split {split!r} has {len(rows)} rows; legal: at most {_MOST_ROWS}; take a longer context")
@@ -93,8 +91,6 @@ def batches(
         order = order.shuffle(seed=_order_seed(seed))
     if repeat:
         order = order.repeat()
-    rows_here = batch // process_count
-    share = range(process_index * rows_here, (process_index + 1) * rows_here)
     windows = grain.MapDataset.source(_LocalWindows(order, batch, share, start_batch))
     return _drain(_read_ahead(windows, functools.partial(pack, begin=manifest.begin), workers, prefetch))
 

@@ -96,7 +96,7 @@ def test_resuming_at_any_batch_gives_the_same_batches(manifest):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_global_batch(manifest, count):
     whole = take(manifest, 6)
-    shares = [take(manifest, 6, process_index=index, process_count=count) for index in range(count)]
+    shares = [take(manifest, 6, share=range(4 * i // count, 4 * (i + 1) // count)) for i in range(count)]
     for step, batch in enumerate(whole):
         assert shares[0][step].tokens.shape == (BATCH // count, CONTEXT)
         joined = type(batch)(*(np.concatenate(fields) for fields in zip(*(s[step] for s in shares), strict=True)))
@@ -149,10 +149,9 @@ def test_damage_is_found_before_the_first_batch(manifest):
     ("settings", "message"),
     [
         ({"batch": 12, "repeat": False}, "11 rows of context 8, fewer than one batch of 12"),
-        ({"process_count": 3}, "batch is 4, which 3 processes cannot share equally"),
-        ({"process_count": 2, "process_index": 2}, "process_index is 2; legal: 0 to process_count - 1 = 1"),
-        ({"process_index": -1}, "process_index is -1"),
-        ({"process_count": 0}, "process_count is 0"),
+        ({"share": range(2, 5)}, r"share is range\(2, 5\); legal: one or more rows of a batch, 0 to 3"),
+        ({"share": range(-1, 2)}, r"share is range\(-1, 2\)"),
+        ({"share": range(2, 2)}, r"share is range\(2, 2\)"),
         ({"batch": 0}, "batch is 0"),
         ({"start_batch": -1}, "start_batch is -1"),
         ({"workers": -1}, "workers is -1"),

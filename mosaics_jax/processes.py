@@ -1,0 +1,179 @@
+"""Several processes as one run: who they are, that all of them came, and that they have the devices they should.
+
+Slurm, Open MPI and Kubernetes tell a process its number; `connect` reads it, or takes it from flags. One process a GPU
+and one a node both work. After it, jax sees the devices of all processes.
+"""
+
+import os
+import socket
+import time
+from typing import NamedTuple
+
+import jax
+from jax._src.clusters import ompi_cluster, slurm_cluster
+
+from mosaics_jax.config import MeshConfig
+
+
+_GRACE = 20  # seconds that process 0 may have started later, and so wait longer for the rest
+
+
+class Place(NamedTuple):
+    """Where a process stands in a run."""
+
+    coordinator: str  # host:port of process 0
+    processes: int
+    process: int
+    local_devices: list[int]  # the GPUs it takes, by number in its node; empty: all that it sees
+
+
+def connect(given: Place | None, wait: int, heartbeat: int) -> None:
+    """Joins the run that the environment or `given` describes; alone, does nothing.
+
+    Args:
+      wait: seconds in which all processes must have come.
+      heartbeat: seconds after which a silent process is taken for dead, and every other ends, naming it.
+
+    Raises:
+      ValueError: processes are missing, and which; or they disagree on their number.
+    """
+    place = given or from_environment(wait)
+    if place is None or place.processes == 1:
+        return
+    deadline = time.monotonic() + wait
+    if place.process == 0:
+        _gather(place, deadline, wait)
+    else:
+        _report(place, deadline, wait)
+    jax.distributed.initialize(
+        place.coordinator, place.processes, place.process, place.local_devices,
+        initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat,
+    )  # fmt: skip
+
+
+def from_environment(wait: int) -> Place | None:
+    """What Slurm, Open MPI, or the environment of launch/kubernetes/train.yaml says; None where none is there."""
+    env = os.environ
+    if (coordinator := env.get("MOSAICS_COORDINATOR")) is not None:
+        try:
+            return Place(coordinator, int(env["MOSAICS_PROCESSES"]), int(env["JOB_COMPLETION_INDEX"]), [])
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"MOSAICS_COORDINATOR is set, but {error} is not a number in the environment; legal: MOSAICS_PROCESSES "
+                "and JOB_COMPLETION_INDEX beside it, as in launch/kubernetes/train.yaml"
+            ) from error
+    if slurm_cluster.SlurmCluster.is_env_present():
+        tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
+        address = slurm_cluster.SlurmCluster.get_coordinator_address(wait, env.get("MOSAICS_PORT"))
+        return Place(address, tasks, int(env["SLURM_PROCID"]), _own_gpu(tasks > nodes, int(env["SLURM_LOCALID"])))
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        processes, here = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
+        if processes == here:
+            address = f"localhost:{env.get('MOSAICS_PORT', 61711)}"
+        elif "OMPI_MCA_orte_hnp_uri" in env:
+            address = ompi_cluster.OmpiCluster.get_coordinator_address(wait, env.get("MOSAICS_PORT"))
+        else:
+            raise ValueError(
+                "Open MPI 5 does not tell where process 0 is; set --coordinator=HOST:PORT "
+                "--processes=$OMPI_COMM_WORLD_SIZE --process=$OMPI_COMM_WORLD_RANK"
+            )
+        local = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
+        return Place(address, processes, int(env["OMPI_COMM_WORLD_RANK"]), _own_gpu(here > 1, local))
+    return None
+
+
+def _own_gpu(shared: bool, local: int) -> list[int]:
+    """One GPU each where processes share a node, unless the launcher already shows each only its own."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [local] if shared and (visible is None or visible.count(",")) else []
+
+
+def check_devices(mesh: MeshConfig) -> None:
+    """Raises ValueError where there are other processes or devices than the config says."""
+    if mesh.processes not in (0, jax.process_count()):
+        raise ValueError(
+            f"mesh.processes is {mesh.processes}, but {jax.process_count()} came; start {mesh.processes} (srun "
+            "--ntasks, or --processes), or set --config.mesh.processes=0 to take any number"
+        )
+    here = jax.local_device_count()
+    if mesh.devices_per_process not in (0, here):
+        raise ValueError(
+            f"mesh.devices_per_process is {mesh.devices_per_process}, but process {jax.process_index()} has {here} "
+            f"({jax.local_devices()[0].device_kind}); check CUDA_VISIBLE_DEVICES and the GPUs asked of the scheduler, "
+            "or set --config.mesh.devices_per_process=0 to take any number"
+        )
+
+
+def _gather(place: Place, deadline: float, wait: int) -> None:
+    """Process 0 waits until all have reported, and tells them so, or who is missing.
+
+    jax alone would end the process from C++ code, without a word on who did not come.
+    """
+    port = int(place.coordinator.rpartition(":")[2])
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    came: dict[int, socket.socket] = {}
+    problem = ""
+    with socket.create_server(("", port), family=family, backlog=place.processes, dualstack_ipv6=dual) as server:
+        while len(came) < place.processes - 1 and not problem:
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                missing = sorted(set(range(1, place.processes)) - set(came))
+                problem = f"{_numbers(missing)} did not come within {wait} s; look at their logs, or raise --wait"
+                break
+            process, processes = _hello(connection)
+            if processes is None:  # somebody else's connection
+                connection.close()
+            elif processes != place.processes:
+                problem = f"process {process} was started for {processes} processes, process 0 for {place.processes}"
+                came[-1] = connection
+            elif process in came or process == 0:
+                problem = f"two processes have number {process}"
+                came[-1] = connection
+            else:
+                came[process] = connection
+        for connection in came.values():
+            with connection:
+                connection.sendall(f"{problem}\n".encode())
+    if problem:
+        raise ValueError(problem)
+
+
+def _hello(connection: socket.socket) -> tuple[int, int | None]:
+    connection.settimeout(5)
+    try:
+        process, processes = map(int, connection.makefile().readline().split())
+    except (OSError, ValueError):
+        return 0, None
+    return process, processes
+
+
+def _report(place: Place, deadline: float, wait: int) -> None:
+    """Tells process 0 that this one has come, and waits for its word."""
+    host, _, port = place.coordinator.rpartition(":")
+    while True:
+        left = max(0.01, deadline - time.monotonic())
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
+                connection.settimeout(left + _GRACE)
+                connection.sendall(f"{place.process} {place.processes}\n".encode())
+                answer = connection.makefile().readline()
+            if not answer.endswith("\n"):
+                raise ConnectionError("no answer")
+            break
+        except OSError as error:
+            if time.monotonic() + 0.2 > deadline:
+                raise ValueError(
+                    f"process 0 was not at {place.coordinator} within {wait} s ({error}); is it running, and is that "
+                    "its address as seen from here (--coordinator)?"
+                ) from error
+            time.sleep(0.2)
+    if answer.strip():
+        raise ValueError(answer.strip())
+
+
+def _numbers(missing: list[int]) -> str:
+    shown = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    return f"process{'es' if len(missing) > 1 else ''} {shown}"

@@ -1,0 +1,224 @@
+"""Runs of several processes: they train as one does, resume as any number, stop together, and say who is missing."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import helpers
+import pytest
+
+from mosaics_jax import processes
+from mosaics_jax.config import MeshConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+# Who a process is, from what a scheduler tells it.
+
+_SLURM = {
+    "SLURM_JOB_ID": "12", "SLURM_STEP_NODELIST": "gpu[07-08,11]", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+}  # fmt: skip
+_OMPI = {
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "2",
+}  # fmt: skip
+_KUBERNETES = {"MOSAICS_COORDINATOR": "run-0-0.run:3333", "MOSAICS_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (_SLURM, processes.Place("gpu07:61452", 16, 9, [1])),
+        (_SLURM | {"MOSAICS_PORT": "4000"}, processes.Place("gpu07:4000", 16, 9, [1])),
+        (_SLURM | {"CUDA_VISIBLE_DEVICES": "1"}, processes.Place("gpu07:61452", 16, 9, [])),  # the only one it sees
+        (_SLURM | {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, processes.Place("gpu07:61452", 2, 1, [])),  # a node's
+        (_OMPI, processes.Place("localhost:61711", 4, 2, [2])),
+        (_KUBERNETES, processes.Place("run-0-0.run:3333", 4, 3, [])),
+    ],
+)
+def test_the_environment_tells_who_a_process_is(environment, expected, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "MOSAICS_", "JOB_COMPLETION", "CUDA_VISIBLE")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.from_environment(1) == expected
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("MOSAICS_COORDINATOR", "host:1")
+    monkeypatch.delenv("MOSAICS_PROCESSES", raising=False)
+    with pytest.raises(ValueError, match="MOSAICS_PROCESSES' is not a number in the environment"):
+        processes.from_environment(1)
+
+
+def test_other_processes_or_devices_than_the_config_says_are_refused():
+    processes.check_devices(MeshConfig(processes=1, devices_per_process=1))
+    with pytest.raises(ValueError, match=r"mesh.processes is 4, but 1 came; start 4 .*mesh.processes=0"):
+        processes.check_devices(MeshConfig(processes=4))
+    with pytest.raises(ValueError, match=r"mesh.devices_per_process is 8, but process 0 has 1 .*CUDA_VISIBLE_DEVICES"):
+        processes.check_devices(MeshConfig(devices_per_process=8))
+
+
+# Real processes.
+
+
+def _port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _start(config, workdir, count, only=None, wait=60, heartbeat=10, devices=1):
+    """`count` training processes, or the ones named; their output goes to files beside the workdir."""
+    port, started = _port(), []
+    for process in range(count) if only is None else only:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        command = [
+            sys.executable, "-m", "launch.train", *helpers.command_line(config), f"--workdir={workdir}",
+            f"--coordinator=localhost:{port}", f"--processes={count}", f"--process={process}", f"--wait={wait}",
+            f"--heartbeat={heartbeat}",
+        ]  # fmt: skip
+        with open(workdir.parent / f"{workdir.name}.{process}.log", "a") as log:
+            started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    return started
+
+
+def _finish(started, timeout=240):
+    codes = [process.wait(timeout) for process in started]
+    return codes
+
+
+def _losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+def _log(workdir, process):
+    return (workdir.parent / f"{workdir.name}.{process}.log").read_text()
+
+
+def _await_step(workdir, step, started, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (workdir / "checkpoints" / str(step)).is_dir():
+        assert all(process.poll() is None for process in started), _log(workdir, 0)
+        assert time.monotonic() < deadline, _log(workdir, 0)
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    helpers.make_corpus(directory)
+    return directory / "corpus"
+
+
+def _config(corpus, steps=12, **changes):
+    return helpers.tiny_config(
+        corpus, **{"run.steps": steps, "run.log_every": 1, "checkpoint.every": 4, "run.eval_every": steps} | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """The losses of one process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    from mosaics_jax.train import train
+
+    train(_config(corpus), workdir)
+    return _losses(workdir)
+
+
+MESHES = {
+    "2 on data": (2, 1, {}),
+    "4 on fsdp": (4, 1, {"mesh.fsdp": 4}),
+    "2 on tensor": (2, 1, {"mesh.tensor": 2}),  # both read all rows
+    "2 on sequence": (2, 1, {"mesh.sequence": 2}),  # both read all rows, and hold half of each
+    "2 of 2 on fsdp x sequence": (2, 2, {"mesh.fsdp": 2, "mesh.sequence": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_several_processes_train_as_one_does(name, corpus, alone, tmp_path):
+    count, devices, mesh = MESHES[name]
+    workdir = tmp_path / "run"
+    assert set(_finish(_start(_config(corpus, **mesh), workdir, count, devices=devices))) == {0}, _log(workdir, 0)
+    losses = _losses(workdir)
+    assert losses.keys() == alone.keys()
+    assert losses == pytest.approx(alone, rel=2e-5)
+
+
+@pytest.mark.slow
+def test_killed_as_four_it_goes_on_as_two_and_ends_as_one_does(corpus, tmp_path):
+    """The data is that of one process: a row read twice, or not at all, would show in the losses."""
+    from mosaics_jax.train import train
+
+    train(_config(corpus, 60), tmp_path / "alone")
+    alone = _losses(tmp_path / "alone")
+    workdir = tmp_path / "run"
+    started = _start(_config(corpus, 60, **{"mesh.fsdp": 2}), workdir, 4)
+    _await_step(workdir, 12, started)
+    for process in started:
+        process.kill()
+    _finish(started)
+    reached = max(_losses(workdir))
+    assert reached < 60
+    (workdir / "metrics.jsonl").rename(workdir / "before.jsonl")
+    assert set(_finish(_start(_config(corpus, 60, **{"mesh.tensor": 2}), workdir, 2))) == {0}, _log(workdir, 0)
+    losses = _losses(workdir)
+    assert 12 < min(losses) <= reached + 1
+    assert max(losses) == 60
+    assert losses == pytest.approx({step: alone[step] for step in losses}, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_process_saves_and_stops_all(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    config = _config(corpus, 5000, **{"checkpoint.every": 1000})
+    started = _start(config, workdir, 2)
+    deadline = time.monotonic() + 120
+    while not (workdir / "metrics.jsonl").exists() or len(_losses(workdir)) < 3:
+        assert time.monotonic() < deadline, _log(workdir, 0)
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGTERM)
+    assert _finish(started) == [75, 75], _log(workdir, 0) + _log(workdir, 1)
+    (saved,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    assert f"saved step {saved}" in _log(workdir, 0)
+
+
+@pytest.mark.slow
+def test_who_did_not_come_is_named(corpus, tmp_path):
+    started = _start(_config(corpus), tmp_path / "run", 4, only=[0, 2], wait=6)
+    assert _finish(started, 60) == [2, 2]
+    for process in (0, 2):
+        error = _log(tmp_path / "run", process).strip().splitlines()[-1]
+        assert error.startswith("error: processes 1, 3 did not come within 6 s"), error
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_not_there_is_named(corpus, tmp_path):
+    started = _start(_config(corpus), tmp_path / "run", 2, only=[1], wait=3)
+    assert _finish(started, 60) == [2]
+    assert "error: process 0 was not at localhost:" in _log(tmp_path / "run", 1)
+
+
+@pytest.mark.slow
+def test_when_one_dies_the_others_end_and_say_which(corpus, tmp_path):
+    workdir = tmp_path / "run"
+    started = _start(_config(corpus, 100000, **{"checkpoint.every": 4}), workdir, 3, **{"heartbeat": 5})
+    _await_step(workdir, 4, started)
+    started[1].kill()
+    begin = time.monotonic()
+    codes = _finish(started, 60)
+    assert time.monotonic() - begin < 40
+    assert 0 not in codes
+    for process in (0, 2):
+        assert "ask 1 heartbeat timeout" in _log(workdir, process), _log(workdir, process)[-2000:]
