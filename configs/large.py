@@ -15,7 +15,7 @@ MESHES = {  # GPUs: mesh axes, and the micro-batches of a step (at most two rows
     8: ({"fsdp": 8}, 64),
     64: ({"fsdp": 64}, 8),
     256: ({"data": 4, "fsdp": 64}, 2),
-    1024: ({"data": 16, "fsdp": 64}, 1),
+    1024: ({"data": 8, "fsdp": 128}, 1),
 }
 
 

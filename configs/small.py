@@ -13,9 +13,9 @@ from mosaics_jax.config import default_config
 
 MESHES = {  # GPUs: mesh axes, and the micro-batches of a step (at most four rows a GPU and time)
     8: ({"fsdp": 8}, 32),
-    64: ({"data": 8, "fsdp": 8}, 4),
-    256: ({"data": 32, "fsdp": 8}, 1),
-    1024: ({"data": 128, "fsdp": 8}, 1),
+    64: ({"fsdp": 64}, 4),
+    256: ({"data": 4, "fsdp": 64}, 1),
+    1024: ({"data": 16, "fsdp": 64}, 1),
 }
 
 

@@ -14,7 +14,6 @@ from jax._src.clusters import ompi_cluster, slurm_cluster
 
 from mosaics_jax.config import MeshConfig
 
-
 _GRACE = 20  # seconds that process 0 may have started later, and so wait longer for the rest
 
 

@@ -213,7 +213,7 @@ def test_a_coordinator_that_is_not_there_is_named(corpus, tmp_path):
 @pytest.mark.slow
 def test_when_one_dies_the_others_end_and_say_which(corpus, tmp_path):
     workdir = tmp_path / "run"
-    started = _start(_config(corpus, 100000, **{"checkpoint.every": 4}), workdir, 3, **{"heartbeat": 5})
+    started = _start(_config(corpus, 100000, **{"data.batch": 3}), workdir, 3, heartbeat=5)
     _await_step(workdir, 4, started)
     started[1].kill()
     begin = time.monotonic()
