@@ -126,6 +126,7 @@ def test_a_plan_for_fake_cpu_devices_says_so():
     assert "fake CPU devices" in result.stdout or "8 h100" in result.stdout
     for kind in ("weights", "optimizer", "gradients", "activations", "temporary", "MFU", "all-gather", "Assumed"):
         assert kind in result.stdout, kind
+    assert not re.search(r"temporary +-", result.stdout)  # the rest of a sum that holds all the others
 
 
 @pytest.mark.slow
