@@ -31,6 +31,7 @@ class Program:
     peak: float  # bytes, by the compiler's account
     matmul_flops: float  # matrix products with what is recomputed, without the reads
     collectives: list[Collective]
+    kernels: int  # calls of Mosaic GPU kernels in its text
     seconds: float  # that compiling took
 
 
@@ -62,6 +63,7 @@ def compile_step(config: Config, target: str, count: int) -> Program:
         traced = step.trace(state, _batch(config, mesh))
         compiled = traced.lower().compile()
     memory: Any = compiled.memory_analysis()
+    text = compiled.as_text()
     weights, optimizer = _bytes_here(state.params), _bytes_here(state.opt_state)
     saved = _saved(traced.jaxpr.jaxpr, config.model.layers)
     held = {"weights": weights, "optimizer": optimizer, "gradients": weights, "activations": saved}
@@ -75,7 +77,8 @@ def compile_step(config: Config, target: str, count: int) -> Program:
         held={**held, "temporary": rest},
         peak=peak,
         matmul_flops=_dot_flops(traced.jaxpr.jaxpr),
-        collectives=collectives(compiled.as_text(), dict(mesh.shape)),
+        collectives=collectives(text, dict(mesh.shape)),
+        kernels=text.count('custom_call_target="mosaic_gpu'),
         seconds=time.perf_counter() - begin,
     )
 

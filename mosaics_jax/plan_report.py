@@ -19,7 +19,7 @@ def plan(config: Config, target: str, devices: int, document: int) -> str:
     estimate = roofline.estimate(config, mesh, kind, document)
     parts = [
         _title(config, mesh, devices),
-        f"Compiled for {program.how} in {program.seconds:.0f} s.",
+        f"Compiled for {program.how}; {program.kernels} calls of Mosaic GPU kernels; {program.seconds:.0f} s.",
         _memory(program, kind),
         _flops(program, estimate, document),
         _collectives(program, estimate, mesh, kind),
