@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -154,6 +155,21 @@ def test_several_processes_train_as_one_does(name, corpus, alone, tmp_path):
     losses = _losses(workdir)
     assert losses.keys() == alone.keys()
     assert losses == pytest.approx(alone, rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not installed; apt-get install openmpi-bin")
+def test_open_mpi_tells_the_processes_who_they_are(corpus, alone, tmp_path):
+    workdir = tmp_path / "run"
+    config = _config(corpus, **{"mesh.fsdp": 2, "mesh.processes": 2})
+    command = [
+        "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "launch.train",
+        *helpers.command_line(config), f"--workdir={workdir}", "--wait=60",
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MOSAICS_PORT": str(_port())}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert _losses(workdir) == pytest.approx(alone, rel=2e-5)
 
 
 @pytest.mark.slow
