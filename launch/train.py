@@ -21,6 +21,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, config")
+_ACCEPT_NEW_DATA = flags.DEFINE_bool(
+    "accept_new_data", False, "go on with other corpora, or another mixture of them, than the run was begun with"
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells")
 _PROCESSES = flags.DEFINE_integer("processes", None, "processes of the run, where no scheduler tells")
 _PROCESS = flags.DEFINE_integer("process", None, "the number of this one, from 0, where no scheduler tells")
@@ -45,7 +48,7 @@ def main() -> None:
 
     connect(_place(), _WAIT.value, _HEARTBEAT.value)
     try:
-        finished = train(config, _WORKDIR.value) is not None
+        finished = train(config, _WORKDIR.value, _ACCEPT_NEW_DATA.value) is not None
     except TrainingStopped as error:
         sys.exit(f"stopped: {error}")
     if not finished:

@@ -22,17 +22,25 @@ FREE_FIELDS = frozenset(
     | {f"mesh.{field.name}" for field in dataclasses.fields(Config().mesh)}
 )
 
+# Fields that may change too where the user says so (`--accept_new_data`).
+DATA_FIELDS = frozenset({"data.mixture", "data.mixture_changes", "data.packing", "data.seed"})
+
 # Orbax reports every save and every read-only opening in many lines; what fails, it raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What must agree for a checkpoint to be continued, and where its data stands."""
+    """What must agree for a checkpoint to be continued, and where its data stands.
+
+    Attributes:
+      data_changes: for every time that a run was told to go on with other data: from which step, and what changed.
+    """
 
     config: dict[str, Any]
     manifest: str
     rows_read: int
+    data_changes: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -104,17 +112,27 @@ class Checkpoints:
             ) from error
 
 
-def check_same_run(saved: RunRecord, current: RunRecord, where: str) -> None:
+def data_differences(saved: RunRecord, current: RunRecord) -> list[str]:
+    """What differs between the data of two runs: corpora, and how they are mixed and packed."""
+    found = [line for line in differences(saved.config, current.config) if line.split(":")[0] in DATA_FIELDS]
+    if saved.manifest != current.manifest:
+        found.append(f"manifest: {saved.manifest[:12]} -> {current.manifest[:12]}")
+    return found
+
+
+def check_same_run(saved: RunRecord, current: RunRecord, where: str, accept_new_data: bool = False) -> None:
     """Raises ValueError naming every setting in which a run differs from the one it would continue."""
-    changed = [line for line in differences(saved.config, current.config) if line.split(":")[0] not in FREE_FIELDS]
+    free = FREE_FIELDS | DATA_FIELDS if accept_new_data else FREE_FIELDS
+    changed = [line for line in differences(saved.config, current.config) if line.split(":")[0] not in free]
     if changed:
         raise ValueError(
             f"{where} was made with other settings ({'; '.join(changed)}); take the old settings or another --workdir"
         )
-    if saved.manifest != current.manifest:
+    if saved.manifest != current.manifest and not accept_new_data:
         raise ValueError(
             f"{where} was trained on another corpus (manifest {saved.manifest[:12]}, data.path now holds "
-            f"{current.manifest[:12]}); point --config.data.path at the old corpus or take another --workdir"
+            f"{current.manifest[:12]}); point --config.data.path at the old corpus, take another --workdir, or go on "
+            "with the new one, which is recorded, by --accept_new_data"
         )
 
 

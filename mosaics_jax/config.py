@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.util
 import pathlib
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,27 @@ import ml_collections
 
 
 def _field(default: Any, doc: str) -> Any:
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"doc": doc})
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 
 def _check(section: Any, field: str, legal: bool, what_is_legal: str) -> None:
     if not legal:
         raise ValueError(f"{section.SECTION}.{field} is {getattr(section, field)!r}; legal: {what_is_legal}")
+
+
+def _check_weights(where: str, weights: Any) -> None:
+    if not isinstance(weights, Mapping) or not weights:
+        raise ValueError(f"{where} is {weights!r}; legal: {{name: weight}}")
+    for name, weight in weights.items():
+        if "/" in name or name in ("", ".", ".."):
+            raise ValueError(f"{where} has the name {name!r}; legal: the name of a folder in data.path")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(f"{where}.{name} is {weight!r}; legal: a positive number (leave out what has no part)")
+    for name, weight in weights.items():
+        if weight < 1e-5 * sum(weights.values()):
+            raise ValueError(f"{where}.{name} is {weight!r}, less than 1e-5 of their sum; leave it out")
 
 
 def _check_positive(section: Any, *fields: str) -> None:
@@ -32,6 +48,7 @@ ARCHITECTURES = ("mosaic", "transformer")
 MEMORIES = {"mosaic": ("short", "long"), "transformer": ("full", "short", "long")}
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "block")
+PACKINGS = ("concat", "best_fit")
 IMPLEMENTATIONS = ("auto", "hopper", "reference", "xla")
 
 
@@ -105,7 +122,10 @@ class DataConfig:
 
     SECTION = "data"
 
-    path: str = _field("data/python", "directory written by `python -m launch.prepare`")
+    path: str = _field("data/python", "directory made by launch.prepare; with data.mixture, the one that holds those")
+    mixture: Mapping[str, float] = _field({}, "{name: weight} of corpora path/name, in shares of rows; {}: only path")
+    mixture_changes: Mapping[str, Any] = _field({}, "{step: {name: weight}}: other weights from that step on")
+    packing: str = _field("concat", "concat (documents cut at row ends) or best_fit (whole documents, padded)")
     context: int = _field(4096, "positions of a row, T")
     batch: int = _field(1024, "rows of one optimiser step, over all devices")
     seed: int = _field(0, "seed of the order of rows")
@@ -115,6 +135,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "context", "batch", "prefetch")
         _check(self, "workers", self.workers >= 0, "0 or more")
+        _check(self, "packing", self.packing in PACKINGS, ", ".join(PACKINGS))
+        if self.mixture:
+            _check_weights("data.mixture", self.mixture)
+        if self.mixture_changes:
+            _check(self, "mixture_changes", bool(self.mixture), "{} where data.mixture is {}")
+        for step, weights in self.mixture_changes.items():
+            legal = step.isdecimal() and int(step) > 0 and str(int(step)) == step
+            _check(self, "mixture_changes", legal, "{step: {name: weight}}, steps being integers of 1 or more")
+            _check_weights(f"data.mixture_changes.{step}", weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +289,8 @@ def _as_type(kind: Any, value: Any, where: str) -> Any:
     """JSON and the command line blur list and tuple, int and float; nothing else is converted."""
     if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
         return tuple(value)
+    if typing.get_origin(kind) is Mapping and isinstance(value, Mapping):
+        return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind == tuple[str, ...] or type(value) is not kind:
@@ -294,7 +325,8 @@ def describe_fields() -> list[str]:
     lines = []
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(section.default):  # type: ignore[arg-type]
-            lines.append(f"--config.{section.name}.{field.name} (default {field.default!r}): {field.metadata['doc']}")
+            default = getattr(section.default, field.name)
+            lines.append(f"--config.{section.name}.{field.name} (default {default!r}): {field.metadata['doc']}")
     return lines
 
 

@@ -113,7 +113,7 @@ class MetricWriter:
             shown = (
                 f"loss {record['loss']:.3f}  {record['bits_per_byte']:.3f} bits/byte  grad {record['grad_norm']:.2f}  "
                 f"lr {record['learning_rate']:.1e}  {record['tokens_per_second']:,.0f} tok/s  "
-                f"mfu {_percent(record['mfu'])}"
+                f"mfu {_percent(record['mfu'])}  data {record['data_wait']:.1%}"
             )
             self._bar.set_postfix_str(shown)
             if self._bar.disable:

@@ -5,6 +5,7 @@ read the metrics of the step before (so the device never waits for the host), ev
 state: it starts where the restored step says.
 """
 
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -20,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from mosaics_jax import checkpoint, metrics, processes, sharding
 from mosaics_jax.config import Config
+from mosaics_jax.data.corpora import Corpora
 from mosaics_jax.data.pipeline import batches
-from mosaics_jax.data.source import Batch, Manifest, Rows
+from mosaics_jax.data.source import Batch
 from mosaics_jax.data.tokenizer import load_tokenizer
 from mosaics_jax.nn.model import parameter_axes
 from mosaics_jax.step import TrainState, init_state, make_eval_step, make_train_step
@@ -31,47 +33,54 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on: too many steps in a row had a non-finite loss or gradient."""
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> dict[str, Any] | None:
+def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = False) -> dict[str, Any] | None:
     """Trains until `run.steps`, resuming whatever `workdir` holds; returns the last evaluation.
 
-    SIGTERM, to any process, saves a checkpoint and returns None. Raises ValueError for what the user can mend, and
-    TrainingStopped.
+    With `accept_new_data` a run goes on although its corpora, or how they are mixed and packed, are others than before;
+    config.json and metrics.jsonl say from which step. SIGTERM, to any process, saves a checkpoint and returns None.
+    Raises ValueError for what the user can mend, and TrainingStopped.
     """
     workdir = pathlib.Path(workdir)
-    manifest = Manifest.load(config.data.path)
-    if manifest.vocabulary > config.model.vocabulary:
+    corpora = Corpora(config.data)  # all is checked before anything is made
+    if corpora.vocabulary > config.model.vocabulary:
         raise ValueError(
             f"model.vocabulary is {config.model.vocabulary}, but the corpus {config.data.path} has token ids up to "
-            f"{manifest.vocabulary - 1}; set --config.model.vocabulary={manifest.vocabulary} or more"
+            f"{corpora.vocabulary - 1}; set --config.model.vocabulary={corpora.vocabulary} or more"
         )
     processes.check_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch, config.data.context, config.run.accumulation)
-    Rows(manifest, "train", config.data.context)  # both splits are checked before anything is made
-    _valid_batches(config, manifest, mesh)
-    record = checkpoint.RunRecord(config.to_dict(), manifest.fingerprint, 0)
-    checkpoints = _open_workdir(workdir, config, manifest, record)
+    record = checkpoint.RunRecord(config.to_dict(), corpora.fingerprint, 0)
+    checkpoints, record = _open_workdir(workdir, config, corpora, record, accept_new_data)
     try:
         with jax.set_mesh(mesh):  # modules divide their work over the mesh that they are traced under
             state, first_step = _make_state(config, mesh, checkpoints, record)
-            return _Loop(config, workdir, manifest, mesh, checkpoints, record).run(state, first_step)
+            return _Loop(config, workdir, corpora, mesh, checkpoints, record).run(state, first_step)
     finally:
         checkpoints.close()
 
 
 def _open_workdir(
-    workdir: pathlib.Path, config: Config, manifest: Manifest, record: checkpoint.RunRecord
-) -> checkpoint.Checkpoints:
-    """Makes the workdir, or checks that the run it holds is this one."""
+    workdir: pathlib.Path, config: Config, corpora: Corpora, record: checkpoint.RunRecord, accept_new_data: bool
+) -> tuple[checkpoint.Checkpoints, checkpoint.RunRecord]:
+    """Makes the workdir, or checks that the run it holds is this one; its record, with all changes of its data."""
     workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
     if (workdir / "config.json").exists():
-        checkpoint.check_same_run(checkpoint.read_run_record(workdir), record, str(workdir))
+        saved = checkpoint.read_run_record(workdir)
+        checkpoint.check_same_run(saved, record, str(workdir), accept_new_data)
+        changes = list(saved.data_changes)
+        if differing := checkpoint.data_differences(saved, record):
+            changes.append({"step": checkpoints.latest() or 0, "changes": differing})
+        record = dataclasses.replace(record, data_changes=tuple(changes))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("record")  # all have read it
     if jax.process_index() == 0:
-        load_tokenizer(manifest.tokenizer_directory).save(workdir / "tokenizer")
+        load_tokenizer(corpora.tokenizer_directory).save(workdir / "tokenizer")
         checkpoint.write_run_record(workdir, record)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("workdir")
-    return checkpoint.Checkpoints(workdir, config.checkpoint)
+    return checkpoints, record
 
 
 def _make_state(
@@ -83,7 +92,9 @@ def _make_state(
     step = checkpoints.latest()
     if step is None:
         return jax.jit(lambda: init_state(config), out_shardings=shardings)(), 0
-    checkpoint.check_same_run(checkpoints.record(step), record, f"checkpoint {step}")
+    # The checkpoint that a change of data starts from was made with the old; the workdir's record has accepted that.
+    accepted = any(change["step"] >= step for change in record.data_changes)
+    checkpoint.check_same_run(checkpoints.record(step), record, f"checkpoint {step}", accepted)
     abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
     return checkpoints.restore(step, abstract), step
 
@@ -103,11 +114,10 @@ def state_shardings(config: Config, mesh: Mesh, shapes: TrainState) -> TrainStat
     return TrainState(everywhere, everywhere, everywhere, params, opt_state)
 
 
-def _valid_batches(config: Config, manifest: Manifest, mesh: Mesh) -> Iterator[Batch]:
-    one_pass = batches(
-        manifest, "valid", context=config.data.context, batch=config.data.batch, seed=0, shuffle=False, repeat=False,
-        share=sharding.rows_here(mesh, config.data.batch),
-    )  # fmt: skip
+def _valid_batches(config: Config, corpora: Corpora, name: str, share: range) -> Iterator[Batch]:
+    """The first held-out batches of one corpus."""
+    rows = corpora.validation(name)
+    one_pass = batches(rows, corpora.begin, batch=config.data.batch, count=len(rows), share=share)
     return itertools.islice(one_pass, config.run.eval_batches)
 
 
@@ -115,10 +125,10 @@ class _Loop:
     """One process's part of the run, from a state to the last step."""
 
     def __init__(
-        self, config: Config, workdir: pathlib.Path, manifest: Manifest, mesh: Mesh,
+        self, config: Config, workdir: pathlib.Path, corpora: Corpora, mesh: Mesh,
         checkpoints: checkpoint.Checkpoints, record: checkpoint.RunRecord,
     ):  # fmt: skip
-        self._config, self._workdir, self._manifest = config, workdir, manifest
+        self._config, self._workdir, self._corpora = config, workdir, corpora
         self._checkpoints, self._record = checkpoints, record
         self._mesh, self._batch_sharding = mesh, NamedSharding(mesh, sharding.BATCH)
         self._share = sharding.rows_here(mesh, config.data.batch)
@@ -135,13 +145,11 @@ class _Loop:
         self._writer = metrics.MetricWriter(self._workdir, config.run.steps, first_step)
         self._announce(state, first_step)
         rows = batches(
-            self._manifest, "train", context=config.data.context, batch=config.data.batch, seed=config.data.seed,
-            start_batch=first_step, workers=config.data.workers, prefetch=config.data.prefetch,
-            share=self._share,
+            self._corpora.training(), self._corpora.begin, batch=config.data.batch, start_batch=first_step,
+            workers=config.data.workers, prefetch=config.data.prefetch, share=self._share,
         )  # fmt: skip
-        alone = (
-            jax.process_count() == 1
-        )  # else jax hears the signal, whichever process gets it, and all agree on a step
+        # Else jax hears the signal, whichever process gets it, and all agree on a step.
+        alone = jax.process_count() == 1
         previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
         try:
             with jax.transfer_guard("disallow"):
@@ -157,8 +165,12 @@ class _Loop:
         evaluation: dict[str, Any] = {}
         pending: Any = None
         self._clock, self._clock_step, self._first_step = time.perf_counter(), first_step, first_step
+        self._waited = 0.0  # for data, since the clock was set
         for step in range(first_step, run.steps):
-            state, raw = self._train_step(state, self._put(next(rows)))
+            asked = time.perf_counter()
+            batch = next(rows)
+            self._waited += time.perf_counter() - asked
+            state, raw = self._train_step(state, self._put(batch))
             self._report(step, pending)  # the step before's: the device works on this one meanwhile
             pending = raw
             done = step + 1
@@ -210,60 +222,77 @@ class _Loop:
             return
         now = time.perf_counter()
         seconds = (now - self._clock) / max(1, step - self._clock_step)
-        self._clock, self._clock_step = now, step
-        record = metrics.summarise(self._config, step, raw, seconds, self._manifest.split("train").bytes_per_prediction)
+        record = metrics.summarise(self._config, step, raw, seconds, self._corpora.bytes_per_prediction)
+        record["data_wait"] = self._waited / (now - self._clock)
+        if len(self._corpora.manifests) > 1:
+            record |= {f"mixture/{name}": share for name, share in self._corpora.realised(step).items()}
+        self._clock, self._clock_step, self._waited = now, step, 0.0
         self._writer.write("train", record)
         self._writer.advance(step, record)
 
     def _evaluate(self, params: Any, step: int) -> dict[str, Any]:
         start = time.perf_counter()
-        sums = [
-            self._eval_step(params, self._put(batch))
-            for batch in _valid_batches(self._config, self._manifest, self._mesh)
-        ]
-        loss_sum, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-        split = self._manifest.split("valid")
-        loss = float(loss_sum) / max(1.0, float(tokens))
+        found = {name: self._evaluate_one(params, name) for name in self._corpora.manifests}
+        shares = self._corpora.shares
         record = {
-            "step": step,
-            "loss": loss,
-            "bits_per_byte": loss / math.log(2) / split.bytes_per_prediction,
-            "bigram_bits_per_byte": split.bigram_entropy,
-            "tokens": int(tokens),
-            "seconds": time.perf_counter() - start,
+            key: sum(shares[name] * one[key] for name, one in found.items()) for key in next(iter(found.values()))
         }
+        if len(found) > 1:
+            record |= {f"{name}/{key}": value for name, one in found.items() for key, value in one.items()}
+        record |= {"step": step, "seconds": time.perf_counter() - start}
         self._writer.write("eval", record)
         self._writer.say(
             f"step {step}: validation {record['bits_per_byte']:.3f} bits per byte "
-            f"(bigram entropy of the same text: {split.bigram_entropy:.3f})"
+            f"(bigram entropy of the same text: {record['bigram_bits_per_byte']:.3f})"
+            + "".join(f"; {name} {one['bits_per_byte']:.3f}" for name, one in found.items() if name)
         )
         self._clock += time.perf_counter() - start  # evaluation is not training time
         return record
 
+    def _evaluate_one(self, params: Any, name: str) -> dict[str, float]:
+        sums = [
+            self._eval_step(params, self._put(batch))
+            for batch in _valid_batches(self._config, self._corpora, name, self._share)
+        ]
+        loss_sum, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        split = self._corpora.manifests[name].split("valid")
+        loss = float(loss_sum) / max(1.0, float(tokens))
+        return {
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) / split.bytes_per_prediction,
+            "bigram_bits_per_byte": split.bigram_entropy,
+            "tokens": float(tokens),
+        }
+
     def _save(self, state: TrainState, step: int) -> None:
         if self._checkpoints.latest() != step:
             rows_read = step * self._config.data.batch
-            self._checkpoints.save(
-                state, step, checkpoint.RunRecord(self._record.config, self._record.manifest, rows_read)
-            )
+            self._checkpoints.save(state, step, dataclasses.replace(self._record, rows_read=rows_read))
 
     def _announce(self, state: TrainState, first_step: int) -> None:
         config = self._config
-        train_split = self._manifest.split("train")
+        splits = [manifest.split("train") for manifest in self._corpora.manifests.values()]
         if first_step >= config.run.steps:
             self._writer.say(f"{self._workdir} is finished: {first_step} steps; take another --workdir to train anew")
         elif first_step:
             self._writer.write("resume", {"step": first_step})
             self._writer.say(f"resuming {self._workdir} at step {first_step} of {config.run.steps}")
+        for change in self._record.data_changes:
+            if change["step"] == first_step:
+                self._writer.write("data_change", change)
+                self._writer.say(f"other data from step {first_step} on: {'; '.join(change['changes'])}")
         self._writer.say(
             f"{config.model.architecture} with {sharding.count(state.params):,} parameters; "
-            f"{train_split.tokens:,} training tokens in {train_split.documents:,} documents; "
+            f"{sum(split.tokens for split in splits):,} training tokens in "
+            f"{sum(split.documents for split in splits):,} documents; "
             f"{config.data.batch * config.data.context:,} tokens a step on {jax.device_count()} "
             f"{jax.devices()[0].device_kind} device(s)"
         )
-        least, most = self._manifest.documents_longer_than("train", config.data.context)
-        cut = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        self._writer.say(f"{cut} documents are longer than the context of {config.data.context} and are cut")
+        for name, manifest in self._corpora.manifests.items():
+            least, most = manifest.documents_longer_than("train", config.data.context)
+            cut = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+            part = f"{name}, {self._corpora.shares[name]:.1%} of the rows: " if name else ""
+            self._writer.say(f"{part}{cut} documents are longer than the context of {config.data.context} and are cut")
         self._writer.say(metrics.MFU_FORMULA)
 
     def _on_sigterm(self, signum: int, frame: Any) -> None:

@@ -5,8 +5,8 @@ import random
 from typing import Any
 
 from mosaics_jax import config as config_lib
+from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.prepare import prepare
-from mosaics_jax.data.source import Manifest
 
 _WORDS = ("the", "memory", "reads", "a", "key", "and", "value", "from", "past", "it", "keeps", "what", "has", "seen")
 

@@ -83,7 +83,7 @@ def test_a_truncated_shard_is_refused_before_training(corpus: pathlib.Path, tmp_
         ("latin.txt", b"caf\xe9 au lait", r"latin.txt.*byte 3"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad.jsonl.*2"),
         ("no_text.jsonl", b'{"txt": "a"}\n', r"no_text.jsonl.*text"),
-        ("table.parquet", b"PAR1", r"table.parquet.*\.jsonl"),
+        ("table.parquet", b"PAR1", r"table.parquet.*damaged"),
     ],
 )
 def test_mistakes_of_prepare(tmp_path: pathlib.Path, name: str, content: bytes | None, pattern: str) -> None:

@@ -19,14 +19,14 @@ SPLIT = (
 # Between an ASCII letter and a space or newline, and after a lone newline, `SPLIT` always ends a word: cutting there
 # changes no id.
 _PIECE = 100_000
-_SAFE_CUT = re.compile(r"[A-Za-z](?=[ \n])|\S\n(?=\S)")
+SAFE_CUT = re.compile(r"[A-Za-z](?=[ \n])|\S\n(?=\S)")
 
 
 def pieces(text: str) -> Iterator[str]:
     """Cuts `text` where no id changes; only in a run of more than 100,000 spaces (any whitespace) may ids differ."""
     start = 0
     while start < len(text):
-        cut = _SAFE_CUT.search(text, start + _PIECE)
+        cut = SAFE_CUT.search(text, start + _PIECE)
         stop = cut.end() if cut else len(text)
         if stop - start > 2 * _PIECE:
             yield from _cut_long_space(text[start:stop])

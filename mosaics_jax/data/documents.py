@@ -1,181 +1,239 @@
-"""What `prepare` reads: files, folders and Python's own library, as a stream of documents in a fixed order."""
+"""The documents of a unit of work, in order, in parts of bounded size: memory does not grow with a file."""
 
+import codecs
+import contextlib
 import gzip
 import io
 import json
 import lzma
-import os
 import pathlib
-import sysconfig
+import re
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
-PYTHON_CORPUS = "python"
-# fmt: off
-SOURCE_SUFFIXES = frozenset(
-    [
-        ".bash", ".bib", ".bzl", ".c", ".cc", ".cfg", ".cmake", ".cpp", ".cs", ".css", ".cu", ".cuh", ".cxx",
-        ".go", ".h", ".hpp", ".html", ".ini", ".java", ".jl", ".js", ".json", ".jsx", ".kt", ".lua", ".md",
-        ".mjs", ".php", ".pl", ".proto", ".py", ".pyi", ".pyx", ".r", ".rb", ".rs", ".rst", ".scala", ".sh",
-        ".sql", ".swift", ".tex", ".toml", ".ts", ".tsx", ".txt", ".xml", ".yaml", ".yml",
-    ]
-)
-# fmt: on
-COMPRESSIONS = (".gz", ".xz", ".zst")
-LEGAL_FILES = (
-    f".txt and .jsonl (also with {', '.join(COMPRESSIONS)}), and text source such as .py, .md or .c; "
-    'write other formats out as .jsonl with a field "text"'
-)
+from mosaics_jax.data.bpe import SAFE_CUT
+from mosaics_jax.data.inputs import Unit
+
+MOST_RECORD_BYTES = 1 << 25
+_PART_BYTES = 1 << 22
 # What the decompressors raise for a file that is damaged or is not of its suffix's format.
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
+# Called with how many more bytes of the unit have been read.
+Advance = Callable[[int], None]
 
-class Document(NamedTuple):
+
+class Part(NamedTuple):
+    """A document, or one part of a long one; the parts of one follow each other and the last is marked."""
+
     text: str
     utf8: bytes
+    last: bool = True
 
 
-class _Input(NamedTuple):
-    name: str
-    files: list[pathlib.Path]
+class Broken(NamedTuple):
+    """A record that holds no document: where it stands and what is wrong with it."""
+
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.why}"
 
 
-def read_documents(inputs: Sequence[str], skipped: Counter[str]) -> Iterator[Document]:
-    """The documents of `inputs`, in order; memory holds one at a time.
+def read_parts(unit: Unit, text_field: str, record_format: str, advance: Advance) -> Iterator[Part | Broken]:
+    """The documents of `unit`, empty ones included.
 
-    An input is a .txt file (one document), a .jsonl file (a document for the field "text" of each line), either of them
-    compressed, a text source file (one document), a folder (all text source files below it, sorted) or the word
-    `python` (the standard library of this interpreter). Empty documents, and files of the standard library that are
-    not UTF-8, are counted in `skipped`. All inputs are looked up before the first is read.
-
-    Raises:
-      ValueError: an input is missing, unreadable, damaged or empty; the message names file and place.
+    A text file is one document, in parts where it is long; a record of anything else is one whole document.
+    Raises ValueError for a file that cannot be read, is damaged, or has no such field at all.
     """
-    if not inputs:
-        raise ValueError("no inputs; give files, folders or the word 'python'")
-    for source in [_find(name) for name in inputs]:
-        count = 0
-        for document in _read_input(source, skipped):
-            if document.text:
-                count += 1
-                yield document
-            else:
-                skipped["empty"] += 1
-        if not count:
-            raise ValueError(f"input {source.name!r} holds no documents with text")
+    if unit.kind == "text":
+        return _read_text(unit, advance)
+    if unit.kind == "jsonl":
+        return _read_jsonl(unit, text_field, advance)
+    from mosaics_jax.data import tables
+
+    if unit.kind == "parquet":
+        return tables.read_parquet(unit, text_field, advance)
+    if unit.kind == "array_record":
+        return tables.read_array_record(unit, text_field, record_format, advance)
+    return tables.read_tfds(unit, text_field, advance)
 
 
-def _find(name: str) -> _Input:
-    if name == PYTHON_CORPUS:
-        return _Input(name, _walk(pathlib.Path(sysconfig.get_paths()["stdlib"]), frozenset([".py"])))
-    path = pathlib.Path(name)
-    if path.is_dir():
-        files = _walk(path, SOURCE_SUFFIXES)
-        if not files:
-            raise ValueError(
-                f"folder {name!r} holds no text source files (.py, .md, .txt, ...); give other files by their names"
-            )
-        return _Input(name, files)
-    if not path.is_file():
-        raise ValueError(f"input {name!r} does not exist; an input is a file, a folder or the word 'python'")
-    kind, compression = _suffixes(path)
-    if kind != ".jsonl" and (kind not in SOURCE_SUFFIXES or (compression and kind != ".txt")):
-        raise ValueError(f"input {name!r} is of a format that is not read; read are {LEGAL_FILES}")
-    return _Input(name, [path])
-
-
-def _walk(folder: pathlib.Path, suffixes: frozenset[str]) -> list[pathlib.Path]:
-    """Sorted files below `folder`, without hidden ones, caches and installed packages."""
-    found: list[pathlib.Path] = []
-    for directory, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".") and f not in _UNREAD_FOLDERS]
-        paths = (pathlib.Path(directory, f) for f in files if not f.startswith("."))
-        found += [p for p in paths if p.suffix.lower() in suffixes and p.is_file()]
-    return sorted(found)
-
-
-_UNREAD_FOLDERS = frozenset(["__pycache__", "site-packages", "dist-packages", "node_modules"])
-
-
-def _suffixes(path: pathlib.Path) -> tuple[str, str]:
-    """`a.txt.xz` -> (.txt, .xz); `a.py` -> (.py, "")."""
-    compression = path.suffix.lower()
-    if compression not in COMPRESSIONS:
-        return compression, ""
-    return path.with_suffix("").suffix.lower(), compression
-
-
-def _read_input(source: _Input, skipped: Counter[str]) -> Iterator[Document]:
-    for path in source.files:
-        if _suffixes(path)[0] == ".jsonl":
-            yield from _read_jsonl(path)
-            continue
-        with _open(path) as stream:
-            utf8 = _guarded_read(path, stream.read)
-        try:
-            text = utf8.decode()
-        except UnicodeDecodeError as error:
-            if source.name == PYTHON_CORPUS:
-                skipped["not_utf8"] += 1
-                continue
-            raise ValueError(f"{str(path)!r} is not UTF-8 at byte {error.start}; convert or remove the file") from None
-        yield Document(text, utf8)
-
-
-def _read_jsonl(path: pathlib.Path) -> Iterator[Document]:
-    with _open(path) as stream:
-        number = 0
-        while line := _guarded_read(path, stream.readline):
-            number += 1
-            if not line.strip():
-                continue
-            where = f"'{path}:{number}'"
+def _read_text(unit: Unit, advance: Advance) -> Iterator[Part | Broken]:
+    path = pathlib.Path(unit.path)
+    with open_plain(path, advance) as stream:
+        start = guarded(path, lambda: stream.read(_PART_BYTES + 1))
+        if len(start) <= _PART_BYTES:
+            yield as_document(start, f"{str(path)!r}")
+            return
+    # Too long for one part: a first reading, so that a document is not found broken when half of it is written.
+    with open_plain(path, lambda size: None) as stream:
+        decoder, seen = codecs.getincrementaldecoder("utf-8")(), 0
+        while True:
+            content = guarded(path, lambda: stream.read(_PART_BYTES))
             try:
-                text = json.loads(line.decode())["text"]
-                if not isinstance(text, str):
-                    raise TypeError
-                utf8 = text.encode()
+                decoder.decode(content, final=not content)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8 at byte {error.start} of the line; mend the line") from None
-            except UnicodeEncodeError:
-                raise ValueError(f'{where} holds half of a surrogate pair in "text"; mend the line') from None
-            except (TypeError, KeyError):
-                raise ValueError(f'{where} is not an object with a string "text"; mend or remove the line') from None
-            except ValueError as error:
-                raise ValueError(f"{where} is not JSON ({error}); mend or remove the line") from None
-            yield Document(text, utf8)
+                yield Broken(f"{str(path)!r}", f"is not UTF-8 at byte {seen - len(error.object) + error.end}")
+                return
+            seen += len(content)
+            if not content:
+                break
+    with open_plain(path, advance) as stream:
+        yield from _cut(path, stream)
 
 
-def _guarded_read(path: pathlib.Path, read: Callable[[], bytes]) -> bytes:
+def _cut(path: pathlib.Path, stream: BinaryIO) -> Iterator[Part]:
+    """The text of a long file, cut where no tokenizer of ours changes an id."""
+    decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
+    while content := guarded(path, lambda: stream.read(_PART_BYTES)):
+        held += decoder.decode(content)
+        cut = 0
+        for tail in (1 << 10, 1 << 16, len(held)):
+            first = max(0, len(held) - tail)
+            if cuts := list(re.finditer(SAFE_CUT, held[first:])):
+                cut = first + cuts[-1].end()
+                break
+        if cut:
+            yield Part(held[:cut], held[:cut].encode(), last=False)
+            held = held[cut:]
+        elif len(held) > MOST_RECORD_BYTES:
+            raise ValueError(
+                f"{str(path)!r} has {len(held):,} characters without a word or line between them; it is no text"
+            )
+    yield Part(held, held.encode())
+
+
+def as_document(utf8: bytes, where: str) -> Part | Broken:
+    try:
+        return Part(utf8.decode(), utf8)
+    except UnicodeDecodeError as error:
+        return Broken(where, f"is not UTF-8 at byte {error.start}")
+
+
+def from_text(text: Any, where: str, what: str) -> Part | Broken:
+    """The document of a record's field, which should be a string or UTF-8."""
+    if isinstance(text, bytes):
+        return as_document(text, where)
+    if not isinstance(text, str):
+        return Broken(where, f"is not {what}")
+    try:
+        return Part(text, text.encode())
+    except UnicodeEncodeError:
+        return Broken(where, "holds half of a surrogate pair")
+
+
+def from_json(line: bytes, text_field: str, where: str) -> Part | Broken:
+    what = f"an object with a string {json.dumps(text_field)}"
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Broken(where, f"is not UTF-8 at byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return Broken(where, f"is not JSON ({error})")
+    if not isinstance(record, dict):
+        return Broken(where, f"is not {what}")
+    if text_field not in record:
+        found = ", ".join(map(repr, list(record)[:8]))
+        return Broken(where, f"is not {what}; its fields are {found or 'none'} (--text_field names another)")
+    return from_text(record[text_field], where, what)
+
+
+def _read_jsonl(unit: Unit, text_field: str, advance: Advance) -> Iterator[Part | Broken]:
+    path, number = pathlib.Path(unit.path), 0
+    with open_plain(path, advance) as stream:
+        place = 0
+        if unit.start:
+            # The line that holds the byte before the range belongs to the range before.
+            stream.seek(unit.start - 1)
+            place = unit.start - 1 + sum(map(len, _line(path, stream)))
+        first = place
+        while unit.stop is None or place < unit.stop:
+            line = list(_line(path, stream))
+            if not line:
+                return
+            number += 1
+            place += sum(map(len, line))
+            if len(line) > 1:
+                found: Part | Broken = Broken("", f"is longer than {MOST_RECORD_BYTES:,} bytes")
+            elif not line[0].strip():
+                continue
+            else:
+                found = from_json(line[0], text_field, "")
+            if isinstance(found, Broken):
+                found = Broken(f"'{path}:{_lines_before(path, first) + number}'", found.why)
+            yield found
+
+
+def _line(path: pathlib.Path, stream: BinaryIO) -> Iterator[bytes]:
+    """The next line, in one piece, or in several where it is too long for a record; of those only sizes matter."""
+    while piece := guarded(path, lambda: stream.readline(MOST_RECORD_BYTES)):
+        yield piece if len(piece) < MOST_RECORD_BYTES else bytes(len(piece))
+        if piece.endswith(b"\n"):
+            return
+
+
+def _lines_before(path: pathlib.Path, place: int) -> int:
+    """Line ends before byte `place`: counted only where a message needs it."""
+    count = 0
+    with path.open("rb") as stream:
+        while place > 0 and (piece := stream.read(min(place, _PART_BYTES))):
+            count += piece.count(b"\n")
+            place -= len(piece)
+    return count
+
+
+def guarded(path: pathlib.Path, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except _DAMAGE as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({error}); the file is damaged or not what its suffix says"
-        ) from error
+        raise damaged(path, error) from error
 
 
-def _open(path: pathlib.Path) -> BinaryIO:
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.open(path)  # type: ignore[return-value]
-        case ".xz":
-            return lzma.open(path)  # type: ignore[return-value]
-        case ".zst":
-            return io.BufferedReader(_ZstdFile(path))
-        case _:
-            return path.open("rb")
+def damaged(path: pathlib.Path | str, error: Exception) -> ValueError:
+    return ValueError(f"{str(path)!r} cannot be read ({error}); the file is damaged or not what its suffix says")
+
+
+@contextlib.contextmanager
+def open_plain(path: pathlib.Path, advance: Advance) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a file; `advance` hears of the bytes of the file itself."""
+    try:
+        counted = _Counted(path, advance)
+    except OSError as error:
+        raise damaged(path, error) from error
+    with io.BufferedReader(counted, 1 << 20) as raw:
+        stream: Any = raw
+        match path.suffix.lower():
+            case ".gz":
+                stream = gzip.open(raw)  # noqa: SIM115 (closed below)
+            case ".xz":
+                stream = lzma.open(raw)  # noqa: SIM115
+            case ".zst":
+                stream = io.BufferedReader(_ZstdFile(raw))
+        with stream:
+            yield stream
+
+
+class _Counted(io.FileIO):
+    def __init__(self, path: pathlib.Path, advance: Advance):
+        super().__init__(path)
+        self._advance = advance
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer)
+        self._advance(size or 0)
+        return size or 0
 
 
 class _ZstdFile(io.RawIOBase):
     """Decompressed bytes of a .zst file; EOFError if it is cut short, where zstandard's own reader would just stop."""
 
-    def __init__(self, path: pathlib.Path):
-        self._file = path.open("rb")
+    def __init__(self, file: BinaryIO):
+        self._file = file
         self._frame: zstandard.ZstdDecompressionObj | None = None
         self._compressed = b""
         self._ready = memoryview(b"")

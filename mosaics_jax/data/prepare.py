@@ -1,89 +1,185 @@
 """Text to a prepared corpus: token shards, the tokenizer, and a manifest that says what they are.
 
-Every document becomes [begin] + ids + [end]; the documents of a split lie end to end, cut into shards of equal size.
-Whether a document is held out depends on its content alone, so equal documents are never on both sides.
+Two passes, each of many independent tasks that end in one rename, so that any number of workers gives the same bytes
+and a killed run goes on from what is done:
+
+1. every unit of the input is tokenized into a stage file (stage.py);
+2. every shard is gathered from the stage files, its documents in an order that is computed (shards.py).
+
+All of it happens in `OUTPUT.partial`, which becomes `OUTPUT` by one rename: a prepared corpus is whole or not there.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
-import hashlib
+import fcntl
+import itertools
+import json
 import os
 import pathlib
+import shlex
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from mosaics_jax.data.documents import Document, read_documents
-from mosaics_jax.data.source import MANIFEST, SPLITS, Manifest, Shard, Split
-from mosaics_jax.data.tokenizer import Tokenizer, make_tokenizer
+from mosaics_jax.data.corpus import MANIFEST, SKIPPED, SPLITS, Manifest, Shard, Split, write_whole
+from mosaics_jax.data.documents import Broken, read_parts
+from mosaics_jax.data.inputs import PYTHON_CORPUS, Unit, find_units
+from mosaics_jax.data.pool import Pool
+from mosaics_jax.data.shards import Layout, write_shard
+from mosaics_jax.data.stage import Reading, Stage, held_out, stage_name, token_type, write_stage
+from mosaics_jax.data.tables import RECORD_FORMATS
+from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
-Progress = Callable[[int, int], None]
+# A worker holds some numbers for each document of a shard.
+_MOST_DOCUMENTS = 1 << 20
 
-_CHUNK_BYTES = 4_000_000
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What `prepare` says while it works: `done` of `total` bytes of input, or tokens of shards, and tokens so far."""
+
+    pass_: str
+    done: int
+    total: int
+    tokens: int
+
+
+class _UnusableError(ValueError):
+    """What is done is of no use to any other run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """All that decides the result, besides the input."""
+
+    tokenizer: str
+    valid_fraction: float
+    shard_tokens: int
+    max_bytes: int | None
+    text_field: str
+    record_format: str
+    shuffle_seed: int | None
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.text_field, self.record_format, self.valid_fraction)
 
 
 def prepare(
     inputs: Sequence[str],
     output: str,
     tokenizer: str = "bytes",
+    *,
     valid_fraction: float = 0.02,
-    shard_tokens: int = 2**26,
+    shard_tokens: int = 2**27,
     max_bytes: int | None = None,
-    progress: Progress | None = None,
+    text_field: str = "text",
+    record_format: str = "text",
+    shuffle_seed: int | None = 0,
+    tfds_dir: str | None = None,
+    skip_bad_records: int = 0,
+    workers: int = 0,
+    progress: Callable[[Progress], None] = lambda state: None,
 ) -> Manifest:
-    """Tokenizes `inputs` into the new directory `output`.
-
-    Everything is written beside `output` and renamed at the end: a prepared corpus is whole or not there.
+    """Tokenizes `inputs` into the new directory `output`; the same call after a kill goes on from what is done.
 
     Args:
-      inputs: files, folders and the word `python`; see `read_documents`.
+      inputs: files, globs, folders, tfds:NAME@SPLIT and the word `python`.
       output: directory to make; it may exist if it is empty.
       tokenizer: see `make_tokenizer`. A BPE is trained on the training documents only.
-      valid_fraction: share of documents to hold out.
-      shard_tokens: tokens of a shard; the last of a split may have fewer.
-      max_bytes: stop before the document that would bring the text (UTF-8) past this many bytes.
-      progress: called with documents and bytes done so far.
+      valid_fraction: share of documents to hold out, by the hash of their text.
+      shard_tokens: tokens of a shard, about: shards hold whole documents.
+      max_bytes: stop after the document that brings the text (UTF-8) to so many bytes.
+      text_field: field of a .jsonl object, column of a .parquet, feature of a TFDS data set.
+      record_format: what a record of an ArrayRecord file is: text, or json (an object with `text_field`).
+      shuffle_seed: names the order that documents are put in; None keeps the input's.
+      tfds_dir: where TFDS data sets were prepared; None is TFDS's own default.
+      skip_bad_records: so many records that hold no text are left out, counted, and listed in skipped.jsonl.
+      workers: processes; 0 works in this one. The result is the same. They are spawned, so a script that asks for them
+        needs `if __name__ == "__main__":`.
+      progress: called now and then.
 
     Raises:
-      ValueError: an input cannot be read, an argument is out of range, a split would be empty, or `output` is
-        not empty.
+      ValueError: an input cannot be read, an argument is out of range, a split would be empty, the disk refuses,
+        `output` is not empty, or another run is writing it.
     """
-    if not 0 < valid_fraction < 1:
-        raise ValueError(f"valid_fraction is {valid_fraction}; legal: more than 0 and less than 1")
-    for name, value in (("shard_tokens", shard_tokens), ("max_bytes", max_bytes)):
+    settings = _Settings(tokenizer, valid_fraction, shard_tokens, max_bytes, text_field, record_format, shuffle_seed)
+    _check(settings, skip_bad_records, workers)
+    units = find_units(inputs, tfds_dir)
+    target = pathlib.Path(output).absolute()
+    with _workplace(target, settings) as partial:
+        made = _tokenizer(partial, settings, units)
+        with Pool(workers, partial / "tokenizer") as pool:
+            stages = _stages(pool, units, partial / "stages", settings, skip_bad_records, progress)
+            for name, remedy in (("valid", "raise"), ("train", "lower")):
+                if not sum(stage.documents[name] for stage in stages):
+                    count = sum(sum(stage.documents.values()) for stage in stages)
+                    raise _UnusableError(
+                        f"valid_fraction is {valid_fraction}, which leaves the {name} split of {count} documents "
+                        f"empty; {remedy} valid_fraction or give more documents"
+                    )
+            splits = _splits(pool, stages, partial, settings, token_type(made), progress)
+        manifest = Manifest(
+            directory=partial, dtype=token_type(made).name, vocabulary=made.vocabulary, begin=made.begin, end=made.end,
+            tokenizer_kind=made.kind, tokenizer_fingerprint=made.fingerprint, splits=splits,
+            skipped=_skipped(stages, partial), arguments={"inputs": list(inputs), **dataclasses.asdict(settings)},
+            command=_command(inputs, settings),
+        )  # fmt: skip
+        manifest.save()
+        shutil.rmtree(partial / "stages")
+        for leftover in [*partial.glob("*.json"), *partial.glob("*.partial")]:
+            if leftover.name != MANIFEST:
+                leftover.unlink()
+        os.rename(partial, target)
+    return dataclasses.replace(manifest, directory=pathlib.Path(output))
+
+
+def _check(settings: _Settings, skip_bad_records: int, workers: int) -> None:
+    if not 0 < settings.valid_fraction < 1:
+        raise ValueError(f"valid_fraction is {settings.valid_fraction}; legal: more than 0 and less than 1")
+    for name, value in (("shard_tokens", settings.shard_tokens), ("max_bytes", settings.max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; legal: an integer of 1 or more")
-    target = pathlib.Path(output).absolute()
+    for name, value in (("skip_bad_records", skip_bad_records), ("workers", workers)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; legal: an integer of 0 or more")
+    if settings.record_format not in RECORD_FORMATS:
+        raise ValueError(f"record_format is {settings.record_format!r}; legal: {', '.join(RECORD_FORMATS)}")
+
+
+@contextlib.contextmanager
+def _workplace(target: pathlib.Path, settings: _Settings) -> Iterator[pathlib.Path]:
+    """The directory beside `target` where it is made; held by this run alone, and kept only if some work is done."""
+    partial = target.with_name(f"{target.name}.partial")
     _check_free(target)
-    arguments = {
-        "inputs": list(inputs), "tokenizer": tokenizer, "valid_fraction": valid_fraction,
-        "shard_tokens": shard_tokens, "max_bytes": max_bytes,
-    }  # fmt: skip
-    texts = (
-        document.text
-        for document in _cut(read_documents(inputs, Counter()), max_bytes)
-        if _split_of(document, valid_fraction) == "train"
-    )
-    made = make_tokenizer(tokenizer, texts)
-    skipped: Counter[str] = Counter(empty=0, not_utf8=0)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    temporary.mkdir(parents=True)
     try:
-        documents = _cut(read_documents(inputs, skipped), max_bytes)
-        splits = _write_splits(documents, temporary, made, valid_fraction, shard_tokens, progress)
-        manifest = Manifest(
-            directory=temporary, dtype=_dtype(made).name, vocabulary=made.vocabulary, begin=made.begin, end=made.end,
-            tokenizer_kind=made.kind, tokenizer_fingerprint=made.fingerprint,
-            splits=splits, skipped=dict(skipped), arguments=arguments,
-        )  # fmt: skip
-        made.save(manifest.tokenizer_directory)
-        manifest.save()
-        os.rename(temporary, target)
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"output {str(target)!r} cannot be made ({error.strerror}); name another directory") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another run is writing {str(target)!r}; wait for it or name another output") from error
+        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise ValueError(f"another run has just written {str(target)!r}; name another output")
+        _check_free(target)
+        _check_settings(partial, target, settings)
+        (partial / "stages").mkdir(exist_ok=True)
+        try:
+            yield partial
+        except _UnusableError:
+            shutil.rmtree(partial)
+            raise
+        finally:
+            stages = (Stage.open(path) for path in (partial / "stages").glob("*.stage"))
+            if partial.exists() and not any(any(stage.documents.values()) for stage in stages):
+                shutil.rmtree(partial)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return dataclasses.replace(manifest, directory=pathlib.Path(output))
+        os.close(handle)
 
 
 def _check_free(target: pathlib.Path) -> None:
@@ -93,148 +189,172 @@ def _check_free(target: pathlib.Path) -> None:
         raise ValueError(f"output {str(target)!r} exists and is not an empty directory; name another directory")
 
 
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocabulary <= 2**16 else np.uint32)
-
-
-def _split_of(document: Document, valid_fraction: float) -> str:
-    draw = int.from_bytes(hashlib.sha256(document.utf8).digest()[:8], "big") / 2**64
-    return "valid" if draw < valid_fraction else "train"
-
-
-def _cut(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
-    if max_bytes is None:
-        yield from documents
-        return
-    taken = 0
-    for document in documents:
-        taken += len(document.utf8)
-        if taken > max_bytes:
-            if taken == len(document.utf8):
-                raise ValueError(f"max_bytes is {max_bytes}, but the first document has {taken} bytes; raise max_bytes")
-            return
-        yield document
-
-
-def _write_splits(
-    documents: Iterable[Document],
-    directory: pathlib.Path,
-    tokenizer: Tokenizer,
-    valid_fraction: float,
-    shard_tokens: int,
-    progress: Progress | None,
-) -> dict[str, Split]:
-    writers = {name: _SplitWriter(directory, name, tokenizer, shard_tokens) for name in SPLITS}
-    count = size = 0
-    # tiktoken and tokenizers leave the interpreter lock while they encode, so threads use every core.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chunk in _chunks(documents):
-            encoded = pool.map(tokenizer.encode, [document.text for document in chunk])
-            for document, ids in zip(chunk, encoded, strict=True):
-                writers[_split_of(document, valid_fraction)].add(document.utf8, ids)
-            count += len(chunk)
-            size += sum(len(document.utf8) for document in chunk)
-            if progress:
-                progress(count, size)
-    splits = {name: writer.finish() for name, writer in writers.items()}
-    for name, remedy in (("valid", "raise"), ("train", "lower")):
-        if not splits[name].documents:
+def _check_settings(partial: pathlib.Path, target: pathlib.Path, settings: _Settings) -> None:
+    path = partial / "settings.json"
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if path.exists():
+        before = json.loads(path.read_bytes())
+        changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+        if changed:
             raise ValueError(
-                f"valid_fraction is {valid_fraction}, which leaves the {name} split of {count} documents empty; "
-                f"{remedy} valid_fraction or give more documents"
+                f"{str(partial)!r} holds an unfinished run with other settings ({'; '.join(changed)}); take the old "
+                f"settings to finish it, remove it to start anew, or name another output than {target.name!r}"
             )
+    write_whole(path, json.dumps(now).encode())
+
+
+def _tokenizer(partial: pathlib.Path, settings: _Settings, units: list[list[Unit]]) -> Tokenizer:
+    """Makes the tokenizer, or takes the one that was trained before the run was stopped."""
+    folder = partial / "tokenizer"
+    if settings.tokenizer.startswith("bpe:") and folder.exists():
+        return load_tokenizer(folder)
+    made = make_tokenizer(settings.tokenizer, _training_texts(units, settings))
+    if folder.exists() and load_tokenizer(folder).fingerprint != made.fingerprint:
+        raise ValueError(
+            f"tokenizer {settings.tokenizer!r} has changed since {str(partial)!r} was begun; remove that directory"
+        )
+    draft = partial / f"tokenizer.{os.getpid()}.partial"
+    made.save(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(draft, folder)
+    return made
+
+
+def _training_texts(units: list[list[Unit]], settings: _Settings) -> Iterator[str]:
+    reading, taken, held = settings.reading, 0, None
+    for unit in itertools.chain.from_iterable(units):
+        for part in read_parts(unit, reading.text_field, reading.record_format, lambda size: None):
+            if isinstance(part, Broken):
+                continue  # the first pass counts it, or refuses it
+            held = held_out(part.utf8, reading.valid_fraction) if held is None else held
+            if not held:
+                yield part.text
+            taken += len(part.utf8)
+            if part.last:
+                held = None
+                if settings.max_bytes is not None and taken >= settings.max_bytes:
+                    return
+
+
+def _stages(
+    pool: Pool, units: list[list[Unit]], folder: pathlib.Path, settings: _Settings, most_broken: int,
+    progress: Callable[[Progress], None],
+) -> list[Stage]:  # fmt: skip
+    """The first pass: a stage file for each unit, in the order of the input, as far as `max_bytes` reaches."""
+    flat = [(number, unit) for number, group in enumerate(units) for unit in group]
+    total = sum(unit.size for _, unit in flat)
+    limit = settings.max_bytes
+
+    def report(tokens: int, size: int) -> None:
+        progress(Progress("tokenizing", size, total, tokens))
+
+    tasks = [(unit, folder, settings.reading, most_broken, limit) for _, unit in flat]
+    stages: list[Stage] = []
+    taken = broken = 0
+    for stage in pool.map(_stage_task, tasks, report):
+        size = sum(stage.bytes.values())
+        if limit is not None and taken + size > limit and taken:
+            stage = _stage_task(pool.tokenizer, *tasks[len(stages)][:-1], limit - taken)
+            size = sum(stage.bytes.values())
+        stages.append(stage)
+        taken, broken = taken + size, broken + len(stage.broken)
+        if broken > most_broken:
+            raise ValueError(
+                f"{broken} records hold no text, the last of them {' '.join(stage.broken[-1])}; "
+                f"skip_bad_records is {most_broken}"
+            )
+        if limit is not None and taken >= limit:
+            break
+    documents, seen = [0] * len(units), [0] * len(units)
+    for (owner, _), stage in zip(flat, stages, strict=False):
+        documents[owner] += sum(stage.documents.values())
+        seen[owner] += 1
+    for group, count, read in zip(units, documents, seen, strict=True):
+        if not count and read == len(group):
+            raise ValueError(f"input {group[0].path if group else PYTHON_CORPUS!r} holds no documents with text")
+    return stages
+
+
+def _stage_task(
+    tokenizer: Tokenizer, unit: Unit, folder: pathlib.Path, reading: Reading, most_broken: int, limit: int | None,
+    progress: Callable[[int, int], None] = lambda tokens, size: None,
+) -> Stage:  # fmt: skip
+    path = folder / stage_name(unit, limit)
+    if path.exists():
+        stage = Stage.open(path)
+        progress(0, unit.size)
+        return stage
+    return write_stage(unit, folder, tokenizer, reading, most_broken, limit, progress)
+
+
+def _splits(
+    pool: Pool, stages: list[Stage], folder: pathlib.Path, settings: _Settings, dtype: np.dtype,
+    progress: Callable[[Progress], None],
+) -> dict[str, Split]:  # fmt: skip
+    """The second pass: the shards of each split."""
+    splits = {}
+    total = sum(sum(stage.tokens.values()) for stage in stages)
+    for name in SPLITS:
+        tokens, documents = (sum(getattr(stage, kind)[name] for stage in stages) for kind in ("tokens", "documents"))
+        count = min(documents, max(-(-tokens // settings.shard_tokens), -(-documents // _MOST_DOCUMENTS)))
+        layout = Layout(name, stages, count, settings.shuffle_seed, dtype)
+
+        def report(done: int, _: int) -> None:
+            progress(Progress("writing shards", done, total, done))
+
+        pool.share(layout)
+        tasks = [(number, folder) for number in range(count)]
+        described = list(pool.map(_shard_task, tasks, report))
+        lengths: dict[int, int] = {}
+        for one in described:
+            for power, number in one.pop("lengths").items():
+                lengths[int(power)] = lengths.get(int(power), 0) + number
+        splits[name] = Split(
+            documents=documents,
+            tokens=tokens,
+            bytes=sum(stage.bytes[name] for stage in stages),
+            bigram_entropy=_bigram_entropy(stages, name),
+            document_lengths=dict(sorted(lengths.items())),
+            shards=tuple(Shard(**one) for one in described),
+        )
     return splits
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.utf8)
-        if size >= _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _shard_task(
+    layout: Layout, number: int, folder: pathlib.Path, progress: Callable[[int, int], None] = lambda done, size: None
+) -> dict[str, Any]:
+    return write_shard(layout, number, folder, lambda tokens: progress(tokens, 0))
 
 
-class _SplitWriter:
-    """Writes the shards of one split and keeps its statistics."""
-
-    def __init__(self, directory: pathlib.Path, name: str, tokenizer: Tokenizer, shard_tokens: int):
-        self._directory, self._name, self._shard_tokens = directory, name, shard_tokens
-        self._begin, self._end = tokenizer.begin, tokenizer.end
-        self._dtype = _dtype(tokenizer).newbyteorder("<")
-        self._shards: list[Shard] = []
-        self._waiting: list[np.ndarray] = []
-        self._waiting_tokens = 0
-        self._lengths: Counter[int] = Counter()
-        self._bytes = 0
-        self._bigrams = _Bigrams()
-
-    def add(self, utf8: bytes, ids: np.ndarray) -> None:
-        document = np.empty(ids.size + 2, self._dtype)
-        document[0], document[1:-1], document[-1] = self._begin, ids, self._end
-        self._lengths[1 << (document.size - 1).bit_length()] += 1
-        self._bytes += len(utf8)
-        self._bigrams.add(utf8)
-        self._waiting.append(document)
-        self._waiting_tokens += document.size
-        if self._waiting_tokens >= self._shard_tokens:
-            self._write(last=False)
-
-    def finish(self) -> Split:
-        self._write(last=True)
-        return Split(
-            documents=self._lengths.total(),
-            tokens=sum(shard.tokens for shard in self._shards),
-            bytes=self._bytes,
-            bigram_entropy=self._bigrams.entropy(),
-            document_lengths=dict(sorted(self._lengths.items())),
-            shards=tuple(self._shards),
-        )
-
-    def _write(self, last: bool) -> None:
-        """Writes whole shards of the tokens at hand, and with `last` what remains of them."""
-        tokens = np.concatenate([np.empty(0, self._dtype), *self._waiting])
-        stop = tokens.size if last else tokens.size - tokens.size % self._shard_tokens
-        for start in range(0, stop, self._shard_tokens):
-            content = tokens[start : min(start + self._shard_tokens, stop)].tobytes()
-            file = f"{self._name}-{len(self._shards):05d}.tokens"
-            (self._directory / file).write_bytes(content)
-            size = len(content) // self._dtype.itemsize
-            self._shards.append(Shard(file, size, hashlib.sha256(content).hexdigest()))
-        self._waiting = [tokens[stop:].copy()]
-        self._waiting_tokens = tokens.size - stop
+def _bigram_entropy(stages: list[Stage], split: str) -> float:
+    """H(next | previous) in bits: -sum p(previous, next) log2 p(next | previous); 0 where there are no pairs."""
+    pairs = np.zeros(2**16, np.int64)
+    for stage in stages:
+        index, counts = stage.bigrams_of(split)
+        pairs[index] += counts.astype(np.int64)
+    table = pairs.reshape(256, 256)
+    seen = table > 0
+    given = np.broadcast_to(table.sum(1, keepdims=True), table.shape)[seen]
+    bits = table[seen] * np.log2(given / table[seen])
+    return float(bits.sum()) / max(1, int(table.sum()))
 
 
-class _Bigrams:
-    """Counts of adjacent bytes, never across documents."""
+def _skipped(stages: list[Stage], folder: pathlib.Path) -> dict[str, int]:
+    lines = [json.dumps({"where": w, "why": y}) + "\n" for stage in stages for w, y in stage.broken]
+    write_whole(folder / SKIPPED, "".join(lines).encode())
+    return {
+        "empty": sum(stage.empty for stage in stages),
+        "not_utf8": sum(stage.not_utf8 for stage in stages),
+        "broken": len(lines),
+    }
 
-    def __init__(self) -> None:
-        self._counts = np.zeros(2**16, np.int64)
-        self._waiting: list[np.ndarray] = []
-        self._waiting_pairs = 0
 
-    def add(self, utf8: bytes) -> None:
-        text = np.frombuffer(utf8, np.uint8)
-        self._waiting.append(text[:-1].astype(np.uint16) << 8 | text[1:])
-        self._waiting_pairs += text.size
-        # Counting has a cost of its own that small documents should share.
-        if self._waiting_pairs >= 2**20:
-            self._count()
-
-    def _count(self) -> None:
-        if self._waiting:
-            self._counts += np.bincount(np.concatenate(self._waiting), minlength=2**16)
-        self._waiting, self._waiting_pairs = [], 0
-
-    def entropy(self) -> float:
-        """H(next | previous) in bits: -sum p(previous, next) log2 p(next | previous); 0 where there are no pairs."""
-        self._count()
-        pairs = self._counts.reshape(256, 256)
-        seen = pairs > 0
-        given = np.broadcast_to(pairs.sum(1, keepdims=True), pairs.shape)[seen]
-        bits = pairs[seen] * np.log2(given / pairs[seen])
-        return float(bits.sum()) / max(1, int(pairs.sum()))
+def _command(inputs: Sequence[str], settings: _Settings) -> str:
+    """The command line that gives this corpus: what differs from the defaults."""
+    defaults = _Settings("bytes", 0.02, 2**27, None, "text", "text", 0)
+    words = ["python", "-m", "launch.prepare", *(f"--input={name}" for name in inputs), "--output=DIR"]
+    for field in dataclasses.fields(_Settings):
+        value = getattr(settings, field.name)
+        if value != getattr(defaults, field.name):
+            words.append("--noshuffle" if value is None else f"--{field.name}={value}")
+    return shlex.join(words)

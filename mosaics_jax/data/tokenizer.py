@@ -20,7 +20,8 @@ from mosaics_jax.data.bpe import SPLIT, pieces, ranks_from_bytes, ranks_to_bytes
 BEGIN_TEXT = "<|begin_of_text|>"
 END_TEXT = "<|end_of_text|>"
 LEGAL_SPECS = (
-    "bytes; bpe:N (a byte-level BPE of N ids, trained on the texts); the path of a Hugging Face tokenizer.json; "
+    "bytes; bpe:N (a byte-level BPE of N ids, trained on the texts); the tokenizer/ folder of a prepared corpus; "
+    "the path of a Hugging Face tokenizer.json; "
     "the path of a Llama-3 tokenizer.model"
 )
 _DESCRIPTOR = "tokenizer_config.json"
@@ -37,9 +38,11 @@ class Tokenizer(Protocol):
       vocabulary: number of ids, specials included; every id is in [0, vocabulary).
       begin, end: ids that open and close a document; `encode` never returns them.
       fingerprint: sha256 of everything that decides the ids.
+      divisible: a text cut at `bpe.SAFE_CUT` has the same ids as the whole.
     """
 
     kind: str
+    divisible: bool
     vocabulary: int
     begin: int
     end: int
@@ -59,6 +62,7 @@ class ByteTokenizer:
     """An id is a byte of the text's UTF-8; 256 and 257 open and close a document."""
 
     kind = "bytes"
+    divisible = True
     vocabulary = 258
     begin = 256
     end = 257
@@ -82,6 +86,7 @@ class RankTokenizer:
     """
 
     FILE = "ranks.tiktoken"
+    divisible = True
 
     def __init__(self, ranks: dict[bytes, int], kind: str):
         specials = {"bpe": _BPE_SPECIALS, "llama3": _LLAMA3_SPECIALS}[kind]
@@ -113,6 +118,7 @@ class HuggingFaceTokenizer:
 
     FILE = "tokenizer.json"
     kind = "huggingface"
+    divisible = False
     begin: int
     end: int
 
@@ -163,6 +169,8 @@ def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
             raise ValueError(f"tokenizer is {spec!r}, but these texts hold only {found} ids; use bpe:{found} or fewer")
         return RankTokenizer(ranks, "bpe")
     path = pathlib.Path(spec)
+    if path.is_dir():
+        return load_tokenizer(path)
     if not path.is_file():
         raise ValueError(f"tokenizer is {spec!r}, which is no file; legal: {LEGAL_SPECS}")
     try:

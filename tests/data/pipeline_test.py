@@ -1,35 +1,47 @@
+"""Rule 2: the row at global step k depends on (manifests, weights, seed, context, k) alone."""
+
+import dataclasses
 import hashlib
 import itertools
+import pathlib
 
+import made
 import numpy as np
 import pytest
 
+from mosaics_jax.config import DataConfig
+from mosaics_jax.data.corpora import Corpora
+from mosaics_jax.data.corpus import Manifest
+from mosaics_jax.data.packing import plan_rows
 from mosaics_jax.data.pipeline import batches
-from mosaics_jax.data.source import Manifest, Rows, Shard, Split, pack
+from mosaics_jax.data.source import ConcatRows, fields
 
-CONTEXT, BATCH, ROWS = 8, 4, 11
-# Rows of the first two epochs at seed 0.
-PINNED = [7, 4, 3, 8, 10, 2, 9, 6, 0, 5, 1, 3, 2, 0, 6, 5, 10, 7, 8, 1, 4, 9]
-
-
-@pytest.fixture
-def manifest(tmp_path) -> Manifest:
-    """11 rows of 8 + 1 tokens over three shards; token n has id n, save for a begin (500) at every 13th place."""
-    ids = np.arange(ROWS * CONTEXT + 4, dtype="<u2")
-    ids[::13] = 500
-    shards = []
-    for number, part in enumerate(np.split(ids, [30, 37])):
-        file = f"train-{number:05d}.tokens"
-        (tmp_path / file).write_bytes(part.tobytes())
-        shards.append(Shard(file, part.size, hashlib.sha256(part.tobytes()).hexdigest()))
-    split = Split(1, ids.size, 10, 1.5, {16: 7}, tuple(shards))
-    return Manifest(tmp_path, "uint16", 502, 500, 501, "bytes", "f" * 64, {"train": split}, {}, {})
+CONTEXT, BATCH, STEPS = 16, 8, 12
+MIXED = {
+    "mixture": {"a": 0.7, "b": 0.3},
+    "mixture_changes": {"5": {"a": 0.2, "c": 0.5, "b": 0.3}, "9": {"c": 1}},
+}
 
 
-def take(manifest, count, **settings):
-    """The first `count` batches."""
-    settings = {"context": CONTEXT, "batch": BATCH, "seed": 3} | settings
-    iterator = batches(manifest, "train", **settings)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Three corpora, of several shards each, planned for best-fit rows."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for number, name in enumerate("abc"):
+        first = 1000 + 18_000 * number
+        shards = [made.random_documents(60, seed=number, first=first), made.random_documents(90, 9, first=first + 5000)]
+        valid = made.random_documents(40, seed=20 + number, first=first + 12_000)
+        plan_rows(made.write_corpus(folder / name, shards, [valid]), CONTEXT)
+    return folder
+
+
+def corpora(root, **settings) -> Corpora:
+    values = {"path": str(root), "context": CONTEXT, "batch": BATCH, "seed": 3} | settings
+    return Corpora(DataConfig(**values))
+
+
+def take(opened, count=STEPS, start=0, share=None, workers=0):
+    iterator = batches(opened.training(), opened.begin, batch=BATCH, start_batch=start, workers=workers, share=share)
     try:
         return list(itertools.islice(iterator, count))
     finally:
@@ -43,128 +55,175 @@ def digest(batch) -> str:
     return sha.hexdigest()
 
 
-def digests(*arguments, **settings):
-    return [digest(batch) for batch in take(*arguments, **settings)]
+def joined(shares):
+    return [
+        type(parts[0])(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+        for parts in zip(*shares, strict=True)
+    ]
 
 
-def row_numbers(made):
-    """Which row of the split each row of the batches is (by its second token, no begin in these rows' second place)."""
-    return [identify(row) for batch in made for row in batch.tokens]
+def on_processes(opened, processes, count, start=0, workers=0):
+    """The global batches, put together from what `processes` processes read of them."""
+    share = BATCH // processes
+    ranges = [range(share * p, share * (p + 1)) for p in range(processes)]
+    return [digest(batch) for batch in joined([take(opened, count, start, r, workers) for r in ranges])]
 
 
-def identify(tokens):
-    place = int(np.flatnonzero(tokens != 500)[0])
-    return (int(tokens[place]) - place) // CONTEXT
+SETTINGS = {
+    "one": {},
+    "mixed": MIXED,
+    "best_fit": {"packing": "best_fit"},
+    "mixed_best_fit": MIXED | {"packing": "best_fit"},
+}
 
 
-def test_unshuffled_batches_are_the_packed_rows_in_order(manifest):
-    rows = Rows(manifest, "train", CONTEXT)
-    made = take(manifest, 5, shuffle=False)
-    assert row_numbers(made) == [k % ROWS for k in range(20)]
-    expected = pack(np.stack([rows[k % ROWS] for k in range(4, 8)]), 500)
-    for name, value, wanted in zip(expected._fields, made[1], expected, strict=True):
-        np.testing.assert_array_equal(value, wanted, err_msg=name)
-        assert type(value) is np.ndarray
-        assert value.shape == (BATCH, CONTEXT)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_processes_and_resumes_give_the_same_batches(root, name):
+    settings = SETTINGS[name]
+    opened = corpora(root if "mixture" in settings else root / "a", **settings)
+    whole = [digest(batch) for batch in take(opened)]
+    assert len(set(whole)) == STEPS
+    for processes in (1, 2, 4, 8):
+        assert on_processes(opened, processes, STEPS) == whole
+    # resumed on another number of processes, and resumed again on a third
+    assert on_processes(opened, 4, 5) + on_processes(opened, 2, 4, start=5) + on_processes(opened, 8, 3, 9) == whole
+    # opened anew
+    again = corpora(root if "mixture" in settings else root / "a", **settings)
+    assert [digest(batch) for batch in take(again, STEPS - 7, start=7)] == whole[7:]
 
 
-def test_every_epoch_is_a_permutation_of_its_own(manifest):
-    order = np.array(row_numbers(take(manifest, 3 * ROWS, batch=1))).reshape(3, ROWS)
-    for epoch in order:
-        assert sorted(epoch) == list(range(ROWS))
-    assert len({tuple(epoch) for epoch in order}) == 3
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_workers_give_the_same_batches(root, name):
+    settings = SETTINGS[name]
+    opened = corpora(root if "mixture" in settings else root / "a", **settings)
+    whole = [digest(batch) for batch in take(opened)]
+    assert on_processes(opened, 1, STEPS, workers=4) == whole
+    resumed = on_processes(opened, 2, 3, workers=4) + on_processes(opened, 1, 2, 3) + on_processes(opened, 2, 7, 5, 1)
+    assert resumed == whole
 
 
-def test_neighbouring_seeds_do_not_share_epochs(manifest):
-    orders = [row_numbers(take(manifest, 2 * ROWS, batch=1, seed=seed)) for seed in range(4)]
-    epochs = [tuple(order[start : start + ROWS]) for order in orders for start in (0, ROWS)]
-    assert len(set(epochs)) == len(epochs)
+def test_everything_else_changes_the_rows(root):
+    """Each of the things that rows depend on does change them."""
+    base = MIXED | {"packing": "best_fit"}
+    whole = [digest(batch) for batch in take(corpora(root, **base), 8)]
+    others = [
+        base | {"seed": 4},
+        base | {"mixture": {"a": 0.6, "b": 0.4}},
+        base | {"mixture_changes": {"5": {"a": 0.2, "c": 0.5, "b": 0.9}}},
+        base | {"packing": "concat"},
+    ]
+    found = [[digest(batch) for batch in take(corpora(root, **other), 8)] for other in others]
+    assert len({tuple(rows) for rows in [whole, *found]}) == 5
+    assert found[2][:5] == whole[:5]  # weights that change later change nothing before
 
 
-def test_the_order_is_pinned(manifest):
-    # A change here means that runs no longer resume in the order they began with: a new Grain, or a new seed rule.
-    assert row_numbers(take(manifest, 2 * ROWS, batch=1, seed=0)) == PINNED
+def test_shares_of_the_mixture(root):
+    opened = corpora(root, **MIXED)
+    sources = np.concatenate([
+        [int(np.max(row[row < made.VOCABULARY])) for row in batch.tokens] for batch in take(opened)
+    ])  # fmt: skip
+    names = ["abc"[(int(token) - 1000) // 18_000] for token in sources]
+    for steps in (5, 9, STEPS):
+        counts = {name: names[: steps * BATCH].count(name) / (steps * BATCH) for name in "abc"}
+        assert opened.realised(steps) == pytest.approx(counts)
+    assert opened.realised(5) == pytest.approx({"a": 0.7, "b": 0.3, "c": 0}, abs=2 / 40)
+    assert opened.shares == {"a": 0.7, "b": 0.3, "c": 0.0}
 
 
-def test_resuming_at_any_batch_gives_the_same_batches(manifest):
-    whole = digests(manifest, 12)
-    assert len(set(whole)) == 12
-    for start in (0, 1, 2, 3, 7, 11):
-        assert digests(manifest, 12 - start, start_batch=start) == whole[start:]
+def test_an_epoch_is_every_row_once(root):
+    opened = corpora(root / "a")
+    rows = ConcatRows(Manifest.load(root / "a"), "train", CONTEXT)
+    made_rows = np.concatenate([batch.targets for batch in take(opened, len(rows) // BATCH + 1)])[: len(rows)]
+    expected = np.stack([fields(rows[i], made.BEGIN).targets for i in range(len(rows))])
+    assert sorted(map(tuple, made_rows.tolist())) == sorted(map(tuple, expected.tolist()))
+    assert not np.array_equal(made_rows, expected)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_the_global_batch(manifest, count):
-    whole = take(manifest, 6)
-    shares = [take(manifest, 6, share=range(4 * i // count, 4 * (i + 1) // count)) for i in range(count)]
-    for step, batch in enumerate(whole):
-        assert shares[0][step].tokens.shape == (BATCH // count, CONTEXT)
-        joined = type(batch)(*(np.concatenate(fields) for fields in zip(*(s[step] for s in shares), strict=True)))
-        assert digest(joined) == digest(batch)
+def test_one_pass_in_order_drops_the_last_partial_batch(root):
+    opened = corpora(root / "a")
+    rows = opened.validation("")
+    found = list(batches(rows, opened.begin, batch=BATCH, count=len(rows)))
+    assert len(found) == len(rows) // BATCH
+    for number, batch in enumerate(found):
+        for field, expected in zip(batch, fields(np.stack([rows[number * BATCH + i] for i in range(BATCH)]),
+                                                 made.BEGIN), strict=True):  # fmt: skip
+            np.testing.assert_array_equal(field, expected)
+            assert type(field) is np.ndarray
+    assert list(batches(rows, opened.begin, batch=BATCH, count=len(rows), start_batch=10**6)) == []
 
 
-def test_workers_change_nothing_and_their_errors_arrive(manifest):
-    assert digests(manifest, 7, workers=2, start_batch=2) == digests(manifest, 7, start_batch=2)
-    # an odd number of batches over two workers, to the end
-    assert digests(manifest, 99, workers=2, batch=3, repeat=False) == digests(manifest, 99, batch=3, repeat=False)
-    path = manifest.directory / "train-00001.tokens"
+def test_resuming_late_costs_nothing(root):
+    assert len(take(corpora(root, **MIXED), 2, start=10**11)) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_while_reading_arrives(tmp_path, workers):
+    made.write_corpus(tmp_path, [made.random_documents(60)], [made.random_documents(40)])
+    opened = corpora(tmp_path)
+    path = tmp_path / "train-00000.tokens"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(ValueError, match=r"train-00001.tokens', row \d+: token id 65535") as caught:
-        take(manifest, 9, workers=2)
+    with pytest.raises(ValueError, match=r"train-00000.tokens', bytes 0 to .* do not match their checksum") as caught:
+        take(opened, 9, workers=workers)
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_while_reading_arrives(manifest):
-    path = manifest.directory / "train-00001.tokens"
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(ValueError, match=r"train-00001.tokens', row \d+: token id 65535"):
-        take(manifest, 9)
-
-
-def test_one_pass_drops_the_last_partial_batch(manifest):
-    made = take(manifest, 99, repeat=False, shuffle=False)
-    assert row_numbers(made) == list(range(8))
-    assert take(manifest, 99, repeat=False, shuffle=False, start_batch=2) == []
-    assert take(manifest, 99, repeat=False, shuffle=False, start_batch=5) == []
-    assert len(take(manifest, 99, repeat=False, batch=ROWS)) == 1
-    assert sorted(row_numbers(take(manifest, 99, repeat=False, batch=ROWS))) == list(range(ROWS))
-
-
-def test_a_batch_may_be_larger_than_an_epoch(manifest):
-    (made,) = take(manifest, 1, batch=2 * ROWS)
-    assert sorted(row_numbers([made])) == sorted([*range(ROWS), *range(ROWS)])
-
-
-def test_resuming_late_costs_nothing(manifest):
-    assert len(take(manifest, 2, start_batch=10**12)) == 2
-
-
-def test_damage_is_found_before_the_first_batch(manifest):
-    (manifest.directory / "train-00001.tokens").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"train-00001.tokens' has 0 bytes, 14 expected"):
-        batches(manifest, "train", context=CONTEXT, batch=BATCH, seed=0)
+def test_damage_is_found_before_the_first_batch(tmp_path):
+    made.write_corpus(tmp_path, [made.random_documents(60)])
+    (tmp_path / "train-00000.tokens").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train-00000.tokens' has 0 bytes, \d+ expected"):
+        corpora(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 12, "repeat": False}, "11 rows of context 8, fewer than one batch of 12"),
-        ({"share": range(2, 5)}, r"share is range\(2, 5\); legal: one or more rows of a batch, 0 to 3"),
+        ({"share": range(2, 9)}, r"share is range\(2, 9\); legal: one or more rows of a batch, 0 to 7"),
         ({"share": range(-1, 2)}, r"share is range\(-1, 2\)"),
         ({"share": range(2, 2)}, r"share is range\(2, 2\)"),
         ({"batch": 0}, "batch is 0"),
         ({"start_batch": -1}, "start_batch is -1"),
         ({"workers": -1}, "workers is -1"),
         ({"prefetch": 0}, "prefetch is 0"),
-        ({"context": 92}, "92 tokens, fewer than one row of context"),
     ],
 )
-def test_bad_settings_are_named_at_once(manifest, settings, message):
+def test_bad_settings_are_named_at_once(settings, message):
     with pytest.raises(ValueError, match=message):
-        batches(manifest, "train", **{"context": CONTEXT, "batch": BATCH, "seed": 0} | settings)
+        batches([], 0, **{"batch": BATCH} | settings)
 
 
-def test_more_rows_than_the_permutation_can_tell_apart(manifest, monkeypatch):
-    monkeypatch.setattr("mosaics_jax.data.pipeline._MOST_ROWS", 10)
-    with pytest.raises(ValueError, match="has 11 rows; legal: at most 10; take a longer context"):
-        batches(manifest, "train", context=CONTEXT, batch=BATCH, seed=0)
+def test_bad_mixtures(root, tmp_path):
+    for weights, message in [
+        ({"a": 0}, r"data.mixture.a is 0; legal: a positive number"),
+        ({"a": 1, "b": -0.5}, r"data.mixture.b is -0.5; legal: a positive number"),
+        ({"a": 1, "b": "1"}, r"data.mixture.b is '1'"),
+        ({"a": 1, "b": float("nan")}, r"data.mixture.b is nan"),
+        ({"a": 1, "b": 1e-6}, r"data.mixture.b is 1e-06, less than 1e-5 of their sum"),
+        ({"../a": 1}, r"has the name '../a'; legal: the name of a folder in data.path"),
+        ({"absent": 1}, r"no prepared corpus: .*absent' is not a directory"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            corpora(root, mixture=weights)
+    for changes, message in [
+        ({"0": {"a": 1}}, "steps being integers of 1 or more"),
+        ({"soon": {"a": 1}}, "steps being integers of 1 or more"),
+        ({"5": {}}, r"data.mixture_changes.5 is \{\}; legal: \{name: weight\}"),
+        ({"5": {"a": -1}}, r"data.mixture_changes.5.a is -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            corpora(root, mixture={"a": 1}, mixture_changes=changes)
+    with pytest.raises(ValueError, match=r"mixture_changes is .*; legal: \{\} where data.mixture is \{\}"):
+        corpora(root / "a", mixture_changes={"5": {"a": 1}})
+    with pytest.raises(ValueError, match="packing is 'tight'; legal: concat, best_fit"):
+        corpora(root / "a", packing="tight")
+    with pytest.raises(ValueError, match=r"'valid' of .* has \d+ rows of context 16, fewer than one batch of 5000"):
+        corpora(root / "a", batch=5000)
+
+
+def test_mixed_tokenizers_are_refused(root, tmp_path):
+    for name in "ab":
+        (tmp_path / name).symlink_to(root / name)
+    changed = made.write_corpus(tmp_path / "c", [made.random_documents(60)], [made.random_documents(40)])
+    dataclasses.replace(changed, tokenizer_fingerprint="f" * 64, tokenizer_kind="bpe").save()
+    with pytest.raises(ValueError, match=r"different tokenizers: .*a' \(bytes\) and 'c' \(bpe\); prepare them"):
+        corpora(tmp_path, mixture={"a": 1, "c": 1})

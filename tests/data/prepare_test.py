@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import zstandard
 
+from mosaics_jax.data.check import problems
+from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.prepare import prepare
-from mosaics_jax.data.source import Manifest, verify
 from mosaics_jax.data.tokenizer import ByteTokenizer, load_tokenizer, make_tokenizer
 
 TEXTS = [f"Document {i}: naïve 你好 <|begin_of_text|> " + "word " * i for i in range(40)]
@@ -56,16 +57,17 @@ def test_the_texts_come_back_and_the_manifest_counts_them(corpus, tmp_path, toke
     manifest = Manifest.load(tmp_path / "out")
     assert manifest == made
     assert manifest.fingerprint == made.fingerprint
-    verify(manifest)
+    assert list(problems(manifest)) == []
     parts = {split: read_documents(manifest, split) for split in ("train", "valid")}
     assert sorted(parts["train"] + parts["valid"]) == sorted(TEXTS)
-    assert parts["train"] == [text for text in TEXTS if text in parts["train"]]  # in the order of the input
+    assert parts["train"] != [text for text in TEXTS if text in parts["train"]]  # not in the order of the input
     for name, texts in parts.items():
         split = manifest.splits[name]
         assert split.documents == len(texts) > 3
         assert split.bytes == sum(len(text.encode()) for text in texts)
         assert split.tokens == read_tokens(manifest, name).size == sum(shard.tokens for shard in split.shards)
-        assert [shard.tokens for shard in split.shards[:-1]] == [1000] * (len(split.shards) - 1)
+        assert len(split.shards) == -(-split.tokens // 1000)
+        assert max(shard.documents for shard in split.shards) - min(shard.documents for shard in split.shards) <= 1
         assert sum(split.document_lengths.values()) == split.documents
     assert len(manifest.splits["train"].shards) > 1
     assert manifest.vocabulary == load_tokenizer(manifest.tokenizer_directory).vocabulary
@@ -119,7 +121,7 @@ def test_the_trained_vocabulary_does_not_see_held_out_text(tmp_path):
     path = tmp_path / "texts.jsonl"
     texts = [f"train and valid {i}" for i in range(40)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    manifest = prepare([str(path)], str(tmp_path / "a"), "bpe:270", valid_fraction=0.3)
+    manifest = prepare([str(path)], str(tmp_path / "a"), "bpe:270", valid_fraction=0.3, shuffle_seed=None)
     same = make_tokenizer("bpe:270", read_documents(manifest, "train"))
     assert same.fingerprint == manifest.tokenizer_fingerprint
 
@@ -173,7 +175,7 @@ def test_damaged_compressed_files_are_named(tmp_path, suffix):
 
 def test_a_folder_is_its_text_source_files_sorted(tmp_path):
     folder = tmp_path / "in"
-    for name in ("b/two.py", "a/one.md", "c.txt", "d.bin", ".hidden.py", ".git/x.py", "__pycache__/y.py", "e.parquet"):
+    for name in ("b/two.py", "a/one.md", "c.txt", "d.bin", ".hidden.py", ".git/x.py", "__pycache__/y.py", "e.bin"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"I am {name}\r\n", newline="")
@@ -183,14 +185,14 @@ def test_a_folder_is_its_text_source_files_sorted(tmp_path):
     manifest = prepare([str(folder)], str(tmp_path / "out"), valid_fraction=fraction)
     both = read_documents(manifest, "train") + read_documents(manifest, "valid")
     assert sorted(both) == expected
-    assert manifest.skipped == {"empty": 1, "not_utf8": 0}
+    assert manifest.skipped == {"empty": 1, "not_utf8": 0, "broken": 0}
     assert oct(manifest.directory.stat().st_mode) == oct(folder.stat().st_mode)
 
 
 def test_the_default_corpus_is_the_standard_library(tmp_path, monkeypatch):
     manifest = prepare(["python"], str(tmp_path / "real"), max_bytes=500_000, valid_fraction=0.1)
     size = sum(split.bytes for split in manifest.splits.values())
-    assert 300_000 < size <= 500_000
+    assert 500_000 <= size < 700_000
 
     stdlib = tmp_path / "lib"
     (stdlib / "site-packages").mkdir(parents=True)
@@ -204,21 +206,35 @@ def test_the_default_corpus_is_the_standard_library(tmp_path, monkeypatch):
         "# b.py",
         "# c.py",
     ]
-    assert manifest.skipped == {"empty": 0, "not_utf8": 1}
+    assert manifest.skipped == {"empty": 0, "not_utf8": 1, "broken": 0}
 
 
 def test_max_bytes_takes_whole_documents(corpus, tmp_path):
     sizes = np.cumsum([len(text.encode()) for text in TEXTS])
-    manifest = prepare([corpus], str(tmp_path / "out"), valid_fraction=0.3, max_bytes=int(sizes[20]))
-    assert sum(split.documents for split in manifest.splits.values()) == 21
-    with pytest.raises(ValueError, match="max_bytes is 3, but the first document has"):
-        prepare([corpus], str(tmp_path / "less"), max_bytes=3)
+    for limit, count in ((int(sizes[20]), 21), (int(sizes[20]) + 1, 22), (int(sizes[20]) - 1, 21)):
+        manifest = prepare([corpus], str(tmp_path / str(limit)), valid_fraction=0.3, max_bytes=limit)
+        assert sum(split.documents for split in manifest.splits.values()) == count
+    # over several files, whatever the number of workers takes ahead
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
+    for workers in (0, 2):
+        made = prepare([str(folder)], str(tmp_path / f"files{workers}"), valid_fraction=0.3,
+                       max_bytes=int(sizes[20]) - 1, workers=workers)  # fmt: skip
+        assert {split: sorted(read_documents(made, split)) for split in made.splits} == {
+            split: sorted(read_documents(manifest, split)) for split in manifest.splits
+        }
 
 
 def test_progress_reaches_the_end(corpus, tmp_path):
     calls = []
     manifest = prepare([corpus], str(tmp_path / "out"), valid_fraction=0.3, progress=lambda *call: calls.append(call))
-    assert calls[-1] == (len(TEXTS), sum(split.bytes for split in manifest.splits.values()))
+    passes = {name: [call for (call,) in calls if call.pass_ == name] for name in ("tokenizing", "writing shards")}
+    tokens = sum(split.tokens for split in manifest.splits.values())
+    last = passes["tokenizing"][-1]
+    assert (last.done, last.total, last.tokens) == (os.path.getsize(corpus), os.path.getsize(corpus), tokens)
+    assert passes["writing shards"][-1].tokens <= tokens == passes["writing shards"][-1].total
 
 
 @pytest.mark.parametrize(
@@ -229,12 +245,18 @@ def test_progress_reaches_the_end(corpus, tmp_path):
         ("a.jsonl", b"", r"a.jsonl' holds no documents with text"),
         ("a.jsonl", b'{"text": ""}\n', r"a.jsonl' holds no documents with text"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3' is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"content": "b"}\n', r"a.jsonl:2' is not an object with a string \"text\""),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"content": "b"}\n',
+            r"a.jsonl:2' is not an object with a string \"text\"; its fields are 'content' \(--text_field names",
+        ),
         ("a.jsonl", b'{"text": 7}\n', r"a.jsonl:1' is not an object with a string \"text\""),
         ("a.jsonl", b'["text"]\n', r"a.jsonl:1' is not an object with a string \"text\""),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1' is not UTF-8 at byte 10 of the line"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1' holds half of a surrogate pair"),
-        ("a.parquet", b"x", r"a.parquet' is of a format that is not read; read are .txt and .jsonl"),
+        ("a.parquet", b"x", r"a.parquet' cannot be read .*the file is damaged"),
+        ("a.array_record", b"x", r"a.array_record' cannot be read .*the file is damaged"),
+        ("a.csv", b"x", r"a.csv' is of a format that is not read; read are .txt, .jsonl and .parquet"),
         ("a.py.gz", b"x", r"a.py.gz' is of a format that is not read"),
         ("a", b"x", r"a' is of a format that is not read"),
     ],
@@ -250,12 +272,12 @@ def test_a_bad_input_is_named_with_its_place(tmp_path, name, content, message):
 def test_bad_folders_and_lists(tmp_path):
     (tmp_path / "in").mkdir()
     out = str(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"in' holds no text source files"):
+    with pytest.raises(ValueError, match=r"in' holds no files that are read"):
         prepare([str(tmp_path / "in")], out)
     (tmp_path / "in" / "a.c").write_bytes(b"\xe9")
     with pytest.raises(ValueError, match=r"a.c' is not UTF-8 at byte 0"):
         prepare([str(tmp_path / "in")], out)
-    with pytest.raises(ValueError, match=r"no inputs; give files"):
+    with pytest.raises(ValueError, match=r"no inputs; an input is a file, a glob"):
         prepare([], out)
     for tokenizer in ("bytes", "bpe:300"):
         with pytest.raises(ValueError, match=r"absent' does not exist"):

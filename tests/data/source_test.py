@@ -1,116 +1,129 @@
 import dataclasses
-import hashlib
 import json
+import os
 import pickle
 
+import made
 import numpy as np
 import pytest
 
-from mosaics_jax.data.source import Manifest, Rows, Shard, Split, pack, verify
+from mosaics_jax.data.corpus import BLOCK, Manifest
+from mosaics_jax.data.source import ConcatRows, Tokens, fields, pack
 
 
-def make_corpus(directory, shards, dtype="uint16", vocabulary=1000, begin=998, end=999) -> Manifest:
-    """A corpus whose train split is `shards`, lists of ids; its valid split is one short shard."""
-    directory.mkdir(parents=True, exist_ok=True)
-    splits = {}
-    for name, contents in (("train", shards), ("valid", [[begin, 1, 2, end]])):
-        made = []
-        for number, ids in enumerate(contents):
-            content = np.asarray(ids, np.dtype(dtype).newbyteorder("<")).tobytes()
-            file = f"{name}-{number:05d}.tokens"
-            (directory / file).write_bytes(content)
-            made.append(Shard(file, len(ids), hashlib.sha256(content).hexdigest()))
-        splits[name] = Split(1, sum(map(len, contents)), 10, 1.5, {4: 3, 8: 2, 16: 1}, tuple(made))
-    manifest = Manifest(
-        directory, dtype, vocabulary, begin, end, "bytes", "f" * 64, splits, {"empty": 0}, {"inputs": ["x"]}
-    )
-    manifest.save()
-    return manifest
+def whole(manifest, split="train"):
+    """The ids of a split as they lie on disk."""
+    files = [manifest.directory / shard.file for shard in manifest.splits[split].shards]
+    return np.concatenate([np.fromfile(file, manifest.stored) for file in files]).astype(np.int64)
 
 
 @pytest.mark.parametrize(("dtype", "base"), [("uint16", 0), ("uint32", 70_000)])
-def test_windows_cross_shards(tmp_path, dtype, base):
-    ids = [[0, 1, 2, 3, 4], [5], [6, 7], [8, 9, 10, 11, 12]]
-    shards = [[base + i for i in shard] for shard in ids]
-    manifest = make_corpus(tmp_path, shards, dtype, vocabulary=base + 15, begin=base + 13, end=base + 14)
-    rows = Rows(manifest, "train", 4)
-    expected = np.array([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 10, 11, 12]]) + base
-    assert len(rows) == 3
-    for i in (2, 0, 1, 2):
-        np.testing.assert_array_equal(rows[i], expected[i])
-        assert rows[i].dtype == np.int32
-    assert len(Rows(manifest, "train", 5)) == 2  # 13 tokens: the last partial window is dropped
-    for bad in (-1, 3):
-        with pytest.raises(IndexError, match=f"row {bad}; legal: 0 to 2"):
+def test_reads_cross_shards_and_blocks(tmp_path, dtype, base):
+    shards = [
+        [[base + i for i in range(n, n + 5000)] for n in range(3)],
+        [[base + 7]],
+        [[base + i for i in range(9000)]],
+    ]
+    manifest = made.write_corpus(tmp_path, shards, dtype=dtype, vocabulary=base + 10_000)
+    expected, tokens = whole(manifest), Tokens(manifest, "train")
+    assert len(tokens) == len(expected) > 3 * BLOCK // 4
+    draw = np.random.default_rng(0)
+    places = [(0, len(expected)), (0, 1), (len(expected) - 1, 1), (15_006, 3), (5, 0)]
+    for start, count in [*places, *((int(a), 300) for a in draw.integers(0, len(expected) - 300, 50))]:
+        found = tokens.read(start, count)
+        np.testing.assert_array_equal(found, expected[start : start + count])
+        assert found.dtype == np.int32
+
+
+def test_rows_are_windows_of_the_concatenation(tmp_path):
+    manifest = made.write_corpus(tmp_path, [made.random_documents(5), made.random_documents(7, seed=1)])
+    ids, rows = whole(manifest), ConcatRows(manifest, "train", 16)
+    assert len(rows) == (len(ids) - 1) // 16
+    for i in (2, 0, len(rows) - 1):
+        found, expected = fields(rows[i], made.BEGIN), pack(ids[16 * i : 16 * i + 17], made.BEGIN)
+        for name, value, wanted in zip(found._fields, found, expected, strict=True):
+            np.testing.assert_array_equal(value, wanted, err_msg=name)
+    for bad in (-1, len(rows)):
+        with pytest.raises(IndexError, match=f"row {bad}; legal: 0 to {len(rows) - 1}"):
             rows[bad]
 
 
 def test_rows_can_be_pickled_after_use(tmp_path):
-    rows = Rows(make_corpus(tmp_path, [list(range(9))]), "train", 4)
+    rows = ConcatRows(made.write_corpus(tmp_path, [made.random_documents(3)]), "train", 4)
     rows[0]
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(rows))[1], rows[1])
 
 
 def test_more_shards_than_handles(tmp_path, monkeypatch):
     monkeypatch.setattr("mosaics_jax.data.source._MOST_HANDLES", 2)
-    rows = Rows(make_corpus(tmp_path, [[i, i + 1] for i in range(0, 20, 2)]), "train", 1)
+    manifest = made.write_corpus(tmp_path, [[[i]] for i in range(10)])
+    tokens, expected = Tokens(manifest, "train"), whole(manifest)
+    before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
-        np.testing.assert_array_equal([rows[i][0] for i in range(19)], np.arange(19))
-    assert len(rows._handles) == 2
+        np.testing.assert_array_equal([tokens.read(i, 1)[0] for i in range(30)], expected)
+    assert len(tokens._handles) == 2
+    assert len(os.listdir("/proc/self/fd")) == before + 4
 
 
 def test_a_split_shorter_than_a_row(tmp_path):
-    manifest = make_corpus(tmp_path, [list(range(9))])
-    with pytest.raises(ValueError, match=r"'valid' has 4 tokens, fewer than one row of context \+ 1 = 5; prepare more"):
-        Rows(manifest, "valid", 4)
-    assert len(Rows(manifest, "valid", 3)) == 1
+    manifest = made.write_corpus(tmp_path, [[[1] * 7]], valid=[[[1, 2]]])
+    with pytest.raises(ValueError, match=r"'valid' of .* has 4 tokens, fewer than one row of context \+ 1 = 5"):
+        ConcatRows(manifest, "valid", 4)
+    assert len(ConcatRows(manifest, "valid", 3)) == 1
     with pytest.raises(ValueError, match="split is 'test'; legal: train, valid"):
-        Rows(manifest, "test", 4)
+        ConcatRows(manifest, "test", 4)
     with pytest.raises(ValueError, match="context is 0"):
-        Rows(manifest, "train", 0)
+        ConcatRows(manifest, "train", 0)
 
 
-def test_truncated_and_missing_shards_are_named(tmp_path):
-    manifest = make_corpus(tmp_path, [[1, 2, 3], [4, 5, 6]])
-    rows = Rows(manifest, "train", 2)
+def test_short_and_missing_shards_are_named_with_the_byte(tmp_path):
+    manifest = made.write_corpus(tmp_path, [[[1]], [[4, 5, 6]]])
+    tokens = Tokens(manifest, "train")
     path = tmp_path / "train-00001.tokens"
     path.write_bytes(b"123")
-    with pytest.raises(ValueError, match=r"train-00001.tokens' has 3 bytes, 6 expected; prepare the corpus again"):
-        Rows(manifest, "train", 2)
-    with pytest.raises(ValueError, match=r"train-00001.tokens' was cut short while in use"):
-        rows[1]
+    with pytest.raises(ValueError, match=r"train-00001.tokens' has 3 bytes, 10 expected; restore it from a copy"):
+        Tokens(manifest, "train")
+    with pytest.raises(ValueError, match=r"train-00001.tokens' ends at byte 3, 10 expected; restore it from a copy"):
+        tokens.read(2, 4)
     path.unlink()
-    with pytest.raises(ValueError, match=r"train-00001.tokens' is missing, 6 bytes expected"):
-        Rows(manifest, "train", 2)
-    with pytest.raises(ValueError, match=r"train-00001.tokens' is missing"):
-        verify(manifest)
+    for make in (lambda: Tokens(manifest, "train"), lambda: Tokens(manifest, "train")):
+        with pytest.raises(ValueError, match=r"train-00001.tokens' is missing, 10 bytes expected"):
+            make()
+    with pytest.raises(ValueError, match=r"train-00001.tokens' cannot be opened \(No such file"):
+        pickle.loads(pickle.dumps(tokens)).read(4, 1)
+    (tmp_path / "train-00000.crc32").unlink()
+    with pytest.raises(ValueError, match=r"train-00000.crc32' is missing, 4 bytes expected"):
+        Tokens(manifest, "train")
+
+
+def test_a_changed_byte_is_found_when_it_is_read(tmp_path):
+    manifest = made.write_corpus(tmp_path, [[list(range(20_000))]])
+    path, tokens = tmp_path / "train-00000.tokens", Tokens(manifest, "train")
+    content = bytearray(path.read_bytes())
+    content[BLOCK + 9] ^= 1
+    path.write_bytes(content)
+    tokens.read(0, BLOCK // 2)  # the block before is whole
+    with pytest.raises(ValueError, match=r"train-00000.tokens', bytes 16384 to 32767: they do not match their"):
+        tokens.read(0, BLOCK // 2 + 1)
+    tokens.read(BLOCK, 5)
 
 
 def test_an_impossible_id_is_named(tmp_path):
-    rows = Rows(make_corpus(tmp_path, [[1, 2, 3], [4, 1000, 6, 7]]), "train", 2)
-    np.testing.assert_array_equal(rows[0], [1, 2, 3])
-    with pytest.raises(ValueError, match=r"train-00001.tokens', row 1: token id 1000, but the vocabulary has 1000"):
-        rows[1]
-
-
-def test_verify_finds_a_changed_byte(tmp_path):
-    manifest = make_corpus(tmp_path, [[1, 2, 3], [4, 5, 6]])
-    verify(manifest)
-    path = tmp_path / "train-00001.tokens"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ValueError, match=r"train-00001.tokens' has sha256 .*prepare the corpus again"):
-        verify(manifest)
+    tokens = Tokens(made.write_corpus(tmp_path, [[[1, 2, 3]], [[4, 1000, 6, 7]]], vocabulary=1000), "train")
+    tokens.read(0, 7)
+    with pytest.raises(ValueError, match=r"train-00001.tokens', byte 4: token id 1000, but the vocabulary has 1000"):
+        tokens.read(0, 8)
 
 
 def test_manifest_round_trip_and_fingerprint(tmp_path):
-    manifest = make_corpus(tmp_path / "a", [[1, 2, 3]])
+    manifest = made.write_corpus(tmp_path / "a", [[[1, 2, 3]]])
     loaded = Manifest.load(tmp_path / "a")
     assert loaded == manifest
-    same = make_corpus(tmp_path / "b", [[1, 2, 3]])
+    same = made.write_corpus(tmp_path / "b", [[[1, 2, 3]]])
     assert same.fingerprint == manifest.fingerprint == loaded.fingerprint
     others = [
-        make_corpus(tmp_path / "c", [[1, 2, 4]]),
-        make_corpus(tmp_path / "d", [[1, 2, 3]], "uint32"),
+        made.write_corpus(tmp_path / "c", [[[1, 2, 4]]]),
+        made.write_corpus(tmp_path / "d", [[[1, 2, 3]]], dtype="uint32"),
         dataclasses.replace(manifest, tokenizer_fingerprint="e" * 64),
         dataclasses.replace(manifest, begin=1),
     ]
@@ -122,11 +135,13 @@ def test_load_says_what_is_wrong_and_what_to_do(tmp_path):
         Manifest.load(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"holds no manifest.json; run `python -m launch.prepare --output=DIR`"):
         Manifest.load(tmp_path)
-    make_corpus(tmp_path, [[1, 2, 3]])
+    made.write_corpus(tmp_path, [[[1, 2, 3]]])
     path = tmp_path / "manifest.json"
     good = json.loads(path.read_text())
     bad = ["{", "[]", "{}", json.dumps(good | {"version": 99}), json.dumps(good | {"extra": 1})]
     bad.append(json.dumps({name: value for name, value in good.items() if name != "dtype"}))
+    bad.append(json.dumps(good).replace("train-00000", "../train-00000"))
+    bad.append(json.dumps(good | {"dtype": "float64"}))
     for content in bad:
         path.write_text(content)
         with pytest.raises(ValueError, match=r"is not a manifest .*; prepare the corpus again") as caught:
@@ -136,7 +151,7 @@ def test_load_says_what_is_wrong_and_what_to_do(tmp_path):
 
 def test_documents_longer_than(tmp_path):
     # 3 documents of 3 or 4 tokens, 2 of 5 to 8, 1 of 9 to 16
-    manifest = make_corpus(tmp_path, [[1, 2, 3]])
+    manifest = made.write_corpus(tmp_path, [[[1], [1, 1], [1, 1], [1] * 3, [1] * 6, [1] * 10]])
     counts = {context: manifest.documents_longer_than("train", context) for context in (1, 2, 3, 4, 5, 7, 8, 9, 16)}
     assert counts == {
         1: (6, 6), 2: (6, 6), 3: (3, 6), 4: (3, 3), 5: (1, 3), 7: (1, 3), 8: (1, 1), 9: (0, 1), 16: (0, 0),

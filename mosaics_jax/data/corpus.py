@@ -1,0 +1,193 @@
+"""What a prepared corpus is: its manifest, and the small files beside each shard (docs/data_format.md)."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.jsonl"
+SPLITS = ("train", "valid")
+BLOCK = 1 << 14
+_FORMAT = "mosaics_jax tokens"
+_VERSION = 2
+_REMEDY = "run `python -m launch.prepare --output=DIR` to make one"
+AGAIN = "restore it from a copy, or prepare the corpus again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of little-endian token ids, and nothing else in it; whole documents."""
+
+    file: str
+    tokens: int
+    documents: int
+    sha256: str
+
+    @property
+    def checksums_file(self) -> str:
+        """CRC-32 of every 16 KiB of the shard, uint32 each: what a reader checks, without reading the whole."""
+        return self.file.removesuffix(".tokens") + ".crc32"
+
+    @property
+    def documents_file(self) -> str:
+        """Where each document ends, in tokens from the shard's beginning, uint64 each."""
+        return self.file.removesuffix(".tokens") + ".documents"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a corpus.
+
+    Attributes:
+      bytes: UTF-8 bytes of its text; with `tokens` it turns nats per token into bits per byte.
+      bigram_entropy: H(next byte | previous byte) of its own text, bits per byte, over pairs within documents.
+      document_lengths: for each power of two p, documents of more than p / 2 and at most p tokens, both ends counted.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    bigram_entropy: float
+    document_lengths: Mapping[int, int]
+    shards: tuple[Shard, ...]
+
+    @property
+    def bytes_per_prediction(self) -> float:
+        """UTF-8 bytes per predicted token (all but each document's first): nats per token to bits per byte."""
+        return self.bytes / max(1, self.tokens - self.documents)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What `prepare` made and how; written as manifest.json beside the shards.
+
+    Attributes:
+      skipped: number of documents left out, by reason: empty, not_utf8, broken (each listed in skipped.jsonl).
+      arguments, command: what made it, without what does not change the result.
+    """
+
+    directory: pathlib.Path
+    dtype: str
+    vocabulary: int
+    begin: int
+    end: int
+    tokenizer_kind: str
+    tokenizer_fingerprint: str
+    splits: Mapping[str, Split]
+    skipped: Mapping[str, int]
+    arguments: Mapping[str, Any]
+    command: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what rows are made of: equal for the same tokens in the same shards, wherever they lie."""
+        shards = {name: [dataclasses.astuple(s) for s in split.shards] for name, split in sorted(self.splits.items())}
+        parts = [shards, self.tokenizer_fingerprint, self.dtype, self.vocabulary, self.begin, self.end]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def stored(self) -> np.dtype:
+        """The type of an id on disk."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def tokenizer_directory(self) -> pathlib.Path:
+        return self.directory / "tokenizer"
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise ValueError(f"split is {name!r}; legal: {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def documents_longer_than(self, split: str, context: int) -> tuple[int, int]:
+        """Least and greatest possible number of documents of more than `context` tokens.
+
+        Lengths are kept by powers of two, so the two are equal where `context` is one.
+        """
+        lengths = self.split(split).document_lengths
+        least = sum(count for power, count in lengths.items() if power // 2 >= context)
+        return least, sum(count for power, count in lengths.items() if power > context)
+
+    def save(self) -> None:
+        """Writes `directory`/manifest.json; ends in a rename, so that a manifest is whole or absent."""
+        body = {"format": _FORMAT, "version": _VERSION} | dataclasses.asdict(self)
+        del body["directory"]
+        content = json.dumps(body, indent=2, ensure_ascii=False) + "\n"
+        write_whole(self.directory / MANIFEST, content.encode())
+
+    @classmethod
+    def load(cls, directory: str | pathlib.Path) -> "Manifest":
+        """Reads `directory`/manifest.json. ValueError if it is absent, not JSON, or of another format."""
+        path = pathlib.Path(directory) / MANIFEST
+        if not path.parent.is_dir():
+            raise ValueError(f"no prepared corpus: {str(directory)!r} is not a directory; {_REMEDY}")
+        if not path.is_file():
+            raise ValueError(f"no prepared corpus: {str(directory)!r} holds no {MANIFEST}; {_REMEDY}")
+        try:
+            body = json.loads(path.read_bytes())
+            found = body.pop("format"), body.pop("version")
+            if found != (_FORMAT, _VERSION):
+                raise ValueError(f"format {found}, this version reads {(_FORMAT, _VERSION)}")
+            splits = {name: _split_from(split) for name, split in body.pop("splits").items()}
+            made = cls(directory=path.parent, splits=splits, **body)
+            _check(made)
+            return made
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{str(path)!r} is not a manifest ({type(error).__name__}: {error}); prepare the corpus again"
+            ) from error
+
+
+def _split_from(body: dict[str, Any]) -> Split:
+    shards = tuple(Shard(**shard) for shard in body.pop("shards"))
+    lengths = {int(power): count for power, count in body.pop("document_lengths").items()}
+    return Split(shards=shards, document_lengths=lengths, **body)
+
+
+def _check(manifest: Manifest) -> None:
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {manifest.dtype!r}; legal: uint16, uint32")
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            if pathlib.PurePath(shard.file).name != shard.file or not shard.file.endswith(".tokens"):
+                raise ValueError(f"shard {shard.file!r} is not a name ending in .tokens")
+            if shard.tokens < 0 or shard.documents < 0:
+                raise ValueError(f"shard {shard.file!r} has {shard.tokens} tokens in {shard.documents} documents")
+
+
+def checksums(stream: BinaryIO) -> tuple[bytes, str]:
+    """CRC-32 of every block of a shard, as its .crc32 file holds them, and the sha256 of the whole."""
+    whole = hashlib.sha256()
+    blocks = bytearray()
+    while piece := stream.read(64 * BLOCK):
+        whole.update(piece)
+        view = memoryview(piece)
+        for start in range(0, len(piece), BLOCK):
+            blocks += zlib.crc32(view[start : start + BLOCK]).to_bytes(4, "little")
+    return bytes(blocks), whole.hexdigest()
+
+
+def write_whole(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that is whole or absent. ValueError, naming it, where the disk refuses."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content)
+        os.replace(draft, path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: pathlib.Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{str(path)!r} cannot be written ({error.strerror}); make room or name another --output; "
+        "the same command goes on from what is done"
+    )

@@ -1,0 +1,86 @@
+"""Which corpus gives row k of a run, and which of its rows: arithmetic, without a state.
+
+Row k is the next row of one source. After r rows since the weights were last set, source i of weights w has given
+
+    n_i(r) = floor(r_i w_i / (w_i + w_(i+1) + ...)),   r_0 = r,   r_(i+1) = r_i - n_i(r)
+
+rows: always within one row for each source before it of its share, growing by one at exactly one source a row, so that
+r is turned into a source and a place in O(1). A source's rows come in epochs, each a permutation of its own.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mosaics_jax.data.permutation import permutation_key, permute
+from mosaics_jax.data.source import Rows
+
+# Weights are counted in millionths, so that shares are exact in integers for 2**43 rows.
+_UNITS = 1 << 20
+
+
+class Source(NamedTuple):
+    """One corpus of a mixture. `key` names the orders of its epochs."""
+
+    rows: Rows
+    key: str
+
+
+class Phase(NamedTuple):
+    """Weights of all sources, from row `first` of the run on; a source may have none."""
+
+    first: int
+    weights: Sequence[float]
+
+
+class Mixture:
+    """Rows of a run by their number."""
+
+    def __init__(self, sources: Sequence[Source], phases: Sequence[Phase], shuffle: bool = True):
+        """Phases in order, the first from row 0."""
+        assert phases[0].first == 0
+        self._sources, self._shuffle = sources, shuffle
+        self._phases = [(phase.first, _integers(phase.weights)) for phase in phases]
+        before = [np.zeros(len(sources), np.int64)]
+        for (first, weights), (stop, _) in zip(self._phases[:-1], self._phases[1:], strict=True):
+            before.append(before[-1] + _given(np.array([stop - first]), weights)[0])
+        self._before = before
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Number of the source that gives `row`, and which of that source's rows it is, counted over all epochs."""
+        after, before = self.given(row + 1), self.given(row)
+        source = int(np.flatnonzero(after - before)[0])
+        return source, int(before[source])
+
+    def given(self, count: int) -> np.ndarray:
+        """Rows that each source has given among the first `count` of the run."""
+        number = max(n for n, (first, _) in enumerate(self._phases) if first <= count)
+        first, weights = self._phases[number]
+        return self._before[number] + _given(np.array([count - first]), weights)[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        number, place = self.place(row)
+        source = self._sources[number]
+        epoch, index = divmod(place, len(source.rows))
+        if self._shuffle:
+            key = permutation_key("rows", source.key, source.rows.context, epoch)
+            index = int(permute(np.array([index]), len(source.rows), key)[0])
+        return source.rows[index]
+
+
+def _integers(weights: Sequence[float]) -> list[int]:
+    total = float(sum(weights))
+    whole = [round(weight / total * _UNITS) for weight in weights]
+    whole[int(np.argmax(whole))] += _UNITS - sum(whole)
+    return whole
+
+
+def _given(counts: np.ndarray, weights: Sequence[int]) -> np.ndarray:
+    given = np.zeros((len(counts), len(weights)), np.int64)
+    left, rest = counts.astype(np.int64), _UNITS
+    for number, weight in enumerate(weights):
+        if weight:
+            given[:, number] = left * weight // rest
+            left, rest = left - given[:, number], rest - weight
+    return given

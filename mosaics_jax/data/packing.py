@@ -1,0 +1,172 @@
+"""Best-fit packing: rows that hold whole documents, padded; only what is longer than a row is cut.
+
+Ding et al., *Fewer truncations improve language modeling*, 2024. A document is cut into pieces of at most T tokens,
+and each piece, the longest first, goes to the row with the least space that still holds it. Which piece lies where is
+worked out once, shard by shard, and kept beside the shards (`plan_rows`), so that any row is found in O(1) memory.
+"""
+
+import bisect
+import itertools
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mosaics_jax.data.corpus import AGAIN, Manifest, Shard, write_whole
+from mosaics_jax.data.source import Tokens, _check_context, _check_size
+
+_FORMAT = "mosaics_jax packing 1"
+
+
+def plan_folder(manifest: Manifest, context: int) -> pathlib.Path:
+    return manifest.directory / f"packing-{context}"
+
+
+def best_fit(lengths: np.ndarray, context: int) -> list[list[int]]:
+    """Rows of indices of `lengths` (each at most `context`), whose sums are at most `context`."""
+    rows: list[list[int]] = []
+    with_space: dict[int, list[int]] = {}  # rows by the space they have left
+    spaces: list[int] = []  # the keys of it, sorted
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        place = bisect.bisect_left(spaces, length)
+        if place == len(spaces):
+            row, space = len(rows), context
+            rows.append([])
+        else:
+            space = spaces[place]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del with_space[space], spaces[place]
+        rows[row].append(index)
+        if left := space - length:
+            if left not in with_space:
+                with_space[left] = []
+                bisect.insort(spaces, left)
+            with_space[left].append(row)
+    return rows
+
+
+def plan_shard(manifest: Manifest, shard: Shard, context: int) -> int:
+    """Writes the rows of one shard: .rows, where each row's pieces begin; .pieces, where each begins and its length.
+
+    Both are uint64, counted in pieces, and in tokens from the shard's beginning. Returns the number of rows.
+    """
+    ends = np.fromfile(manifest.directory / shard.documents_file, "<u8").astype(np.int64)
+    if len(ends) != shard.documents or (len(ends) and ends[-1] != shard.tokens):
+        raise ValueError(f"{str(manifest.directory / shard.documents_file)!r} does not match its shard; {AGAIN}")
+    # A document's end token is predicted and nothing is predicted from it, so it takes no place.
+    sizes = np.diff(ends, prepend=0) - 1
+    counts = -(-sizes // context)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    part = np.arange(int(counts.sum())) - first
+    starts = np.repeat(ends - 1 - sizes, counts) + part * context
+    lengths = np.minimum(np.repeat(ends - 1, counts) - starts, context)
+    rows = best_fit(lengths, context)
+    order = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(lengths))
+    table = np.stack([starts[order], lengths[order]], axis=1)
+    folder, name = plan_folder(manifest, context), shard.file.removesuffix(".tokens")
+    write_whole(folder / f"{name}.pieces", table.astype("<u8").tobytes())
+    write_whole(folder / f"{name}.rows", np.cumsum([0, *map(len, rows)]).astype("<u8").tobytes())
+    return len(rows)
+
+
+def plan_rows(manifest: Manifest, context: int) -> dict[str, float]:
+    """Plans all shards for rows of `context`; returns the fill of each split: predictions by places.
+
+    The plan is whole or absent: its description is written last.
+    """
+    _check_context(context)
+    plan_folder(manifest, context).mkdir(exist_ok=True)
+    rows = {
+        name: [plan_shard(manifest, shard, context) for shard in split.shards]
+        for name, split in manifest.splits.items()
+    }
+    body = {"format": _FORMAT, "context": context, "corpus": manifest.fingerprint, "rows": rows}
+    write_whole(plan_folder(manifest, context) / "plan.json", json.dumps(body, indent=2).encode())
+    return {
+        name: (split.tokens - split.documents) / max(1, sum(rows[name]) * context)
+        for name, split in manifest.splits.items()
+    }
+
+
+class BestFitRows:
+    """The rows of a plan: `rows[i]` is int32 [2, T]. Every token but those that begin a document is once a target.
+
+    What is left of a row is padding: a piece by itself, of inputs `end` (which no document has as an input here) and
+    targets `begin`, which are never counted.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, context: int):
+        """ValueError if there is no plan for this context, or it is of another corpus, or damaged."""
+        _check_context(context)
+        self.context = context
+        self._tokens = Tokens(manifest, split)
+        self._end = manifest.end
+        folder = plan_folder(manifest, context)
+        remedy = f"`python -m launch.prepare --pack={manifest.directory} --context={context}` makes it"
+        try:
+            body: dict[str, Any] = json.loads((folder / "plan.json").read_bytes())
+        except OSError:
+            raise ValueError(
+                f"{str(manifest.directory)!r} has no best-fit plan for rows of {context}; {remedy}"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{str(folder / 'plan.json')!r} is damaged ({error}); {remedy}") from error
+        if (body.get("format"), body.get("corpus")) != (_FORMAT, manifest.fingerprint):
+            raise ValueError(f"{str(folder)!r} was planned for another corpus; {remedy} anew")
+        shards = manifest.split(split).shards
+        self._shards = shards
+        self._names = [str(folder / shard.file.removesuffix(".tokens")) for shard in shards]
+        self._rows = [0, *itertools.accumulate(body["rows"][split])]
+        self._shard_starts = [0, *itertools.accumulate(shard.tokens for shard in shards)]
+        for name, count in zip(self._names, body["rows"][split], strict=True):
+            _check_size(f"{name}.rows", 8 * (count + 1))
+
+    def __len__(self) -> int:
+        return self._rows[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index}; legal: 0 to {len(self) - 1}")
+        shard = bisect.bisect_right(self._rows, index) - 1
+        first, last = _numbers(f"{self._names[shard]}.rows", int(index) - self._rows[shard], 2)
+        table = _numbers(f"{self._names[shard]}.pieces", 2 * first, 2 * (last - first)).reshape(-1, 2)
+        row = np.empty((2, self.context), np.int32)
+        row[0], row[1] = self._end, self._tokens.begin
+        place = 0
+        for start, length in table.tolist():
+            piece = self._tokens.read(self._shard_starts[shard] + start, length + 1)
+            row[0, place : place + length], row[1, place : place + length] = piece[:-1], piece[1:]
+            row[0, place] = ~row[0, place]
+            place += length
+        if place < self.context:
+            row[0, place] = ~row[0, place]
+        return row
+
+    def problem(self) -> str | None:
+        """What is wrong with the plan, if something is: every document must lie in the rows, and no row be too full."""
+        for name, first, shard in zip(self._names, self._rows, self._shards, strict=False):
+            rows = np.fromfile(f"{name}.rows", "<u8").astype(np.int64)
+            table = np.fromfile(f"{name}.pieces", "<u8").astype(np.int64).reshape(-1, 2)
+            full = np.add.reduceat(table[:, 1], rows[:-1]) if len(rows) > 1 else np.zeros(1, np.int64)
+            in_order = table[np.argsort(table[:, 0])]
+            ends = in_order.sum(axis=1)
+            gaps = np.append(in_order[:, 0], shard.tokens) - np.append(0, ends)  # the end of each document is one
+            whole = len(gaps) and not gaps[0] and set(gaps.tolist()) <= {0, 1} and gaps.sum() == shard.documents
+            if rows[-1] != len(table) or full.max() > self.context or not whole:
+                return f"the plan {name!r} (rows from {first}) does not cover its shard; plan the rows again"
+        return None
+
+
+def _numbers(path: str, start: int, count: int) -> np.ndarray:
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            content = os.pread(stream.fileno(), 8 * count, 8 * start)
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read ({error.strerror}); plan the rows again") from error
+    if len(content) != 8 * count:
+        raise ValueError(f"{path!r} ends at byte {8 * start + len(content)}; plan the rows again")
+    return np.frombuffer(content, "<u8").astype(np.int64)

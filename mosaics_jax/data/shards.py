@@ -1,0 +1,99 @@
+"""Stage files to shards: the second of prepare's two passes. Documents are put in an order that is computed.
+
+Shard s of S holds documents [N s / S, N (s + 1) / S) of the new order; document j of it is number `permute(j)` of the
+input. So every shard can be made by itself, by any worker, from the stage files and the counts in them: neither the
+corpus nor a list of its documents is ever in memory.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mosaics_jax.data.corpus import Shard, cannot_write, checksums, write_whole
+from mosaics_jax.data.permutation import permutation_key, permute
+from mosaics_jax.data.stage import Stage
+
+
+class Layout(NamedTuple):
+    """All that decides the shards of one split."""
+
+    split: str
+    stages: Sequence[Stage]
+    shards: int
+    seed: int | None  # None keeps the order of the input
+    dtype: np.dtype
+
+    @property
+    def documents(self) -> int:
+        return sum(stage.documents[self.split] for stage in self.stages)
+
+
+def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Callable[[int], None]) -> dict:
+    """Makes one shard and the files beside it; the description of it is returned, and written last.
+
+    The description holds a histogram of document lengths by powers of two besides what `Shard` holds.
+    """
+    name = f"{layout.split}-{number:05d}"
+    draft = folder / f"{name}.{os.getpid()}.partial"
+    try:
+        with draft.open("w+b") as stream:
+            lengths = _copy_documents(layout, number, stream.fileno(), progress)
+            stream.seek(0)
+            blocks, sha256 = checksums(stream)
+        os.replace(draft, folder / f"{name}.tokens")
+    except OSError as error:
+        raise cannot_write(folder / f"{name}.tokens", error) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    shard = Shard(f"{name}.tokens", int(lengths.sum()), len(lengths), sha256)
+    write_whole(folder / shard.checksums_file, blocks)
+    write_whole(folder / shard.documents_file, np.cumsum(lengths).astype("<u8").tobytes())
+    powers = np.array([1 << (int(length) - 1).bit_length() for length in lengths])
+    values, counts = np.unique(powers, return_counts=True)
+    made = vars(shard) | {"lengths": {str(v): int(c) for v, c in zip(values, counts, strict=True)}}
+    write_whole(folder / f"{name}.json", json.dumps(made).encode())
+    return made
+
+
+def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[int], None]) -> np.ndarray:
+    """Writes the shard's documents to the file `out`; returns their lengths in tokens, in order."""
+    total = layout.documents
+    first, last = total * number // layout.shards, total * (number + 1) // layout.shards
+    order = np.arange(first, last)
+    if layout.seed is not None:
+        order = permute(order, total, permutation_key("documents", layout.seed, layout.split))
+    begins = np.cumsum([0] + [stage.documents[layout.split] for stage in layout.stages])
+    by_input = np.argsort(order)  # each stage file is read once, forwards
+    stage_of = np.searchsorted(begins, order[by_input], side="right") - 1
+    edges = np.flatnonzero(np.diff(stage_of, prepend=-1, append=-1))
+    runs = [(int(stage_of[a]), by_input[a:b]) for a, b in itertools.pairwise(edges.tolist())]
+    places = np.empty((len(order), 2), np.uint64)
+    for index, mine in runs:
+        places[mine] = layout.stages[index].documents_of(layout.split)[order[mine] - begins[index]]
+    lengths = places[:, 1].astype(np.int64)
+    targets = np.cumsum(lengths) - lengths
+    size = layout.dtype.itemsize
+    for index, mine in runs:
+        with open(layout.stages[index].path, "rb") as stream:
+            for j in mine:
+                _copy(stream.fileno(), int(places[j, 0]) * size, out, int(targets[j]) * size, int(lengths[j]) * size)
+        progress(int(lengths[mine].sum()))
+    return lengths
+
+
+def _copy(source: int, start: int, target: int, place: int, size: int) -> None:
+    """Copies `size` bytes between open files, at most 16 MiB of them in memory."""
+    while size:
+        piece = os.pread(source, min(size, 1 << 24), start)
+        if not piece:
+            raise ValueError(f"a stage file ends {size} bytes early; remove its folder and prepare again")
+        view = memoryview(piece)
+        while view:
+            written = os.pwrite(target, view, place)
+            view, place = view[written:], place + written
+        start, size = start + len(piece), size - len(piece)

@@ -1,0 +1,233 @@
+"""One unit of work tokenized into one stage file: the first of prepare's two passes, and what a worker does.
+
+    ids of every document, in the order of the input         unit.tokens
+    where and how long each is, for each split               uint64 pairs
+    counts of its pairs of bytes, for each split             uint16 pairs, uint64 counts
+    a JSON footer with sizes and counts, and its length      uint64
+
+The name of the file holds the unit's identity and the limit, so that what was done of an unchanged file is found again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mosaics_jax.data.corpus import SPLITS, cannot_write
+from mosaics_jax.data.documents import Broken, read_parts
+from mosaics_jax.data.inputs import Unit
+from mosaics_jax.data.tokenizer import Tokenizer
+
+# A document is held out by the hash of so much of its beginning: the end of a long one is not known when it is written.
+_HASHED_BYTES = 1 << 20
+_MAGIC = "mosaics_jax stage 1"
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How units become documents: the settings of `prepare` that its workers need."""
+
+    text_field: str
+    record_format: str
+    valid_fraction: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What is known of a finished stage file. `rows` are the documents of each split: where they begin in the file."""
+
+    path: str
+    bytes: dict[str, int]
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    offsets: dict[str, int]
+    bigrams: dict[str, list[int]]
+    empty: int
+    not_utf8: int
+    broken: list[list[str]]
+
+    @classmethod
+    def open(cls, path: pathlib.Path) -> "Stage":
+        with path.open("rb") as stream:
+            stream.seek(-8, os.SEEK_END)
+            size = int.from_bytes(stream.read(8), "little")
+            stream.seek(-8 - size, os.SEEK_END)
+            body = json.loads(stream.read(size))
+        if body.pop("magic") != _MAGIC:
+            raise ValueError(f"{str(path)!r} was made by another version; remove its folder")
+        return cls(path=str(path), **body)
+
+    def documents_of(self, split: str) -> np.ndarray:
+        """Beginning and length, in tokens, of each document of `split`: [N, 2] uint64, read as they are asked for."""
+        if not self.documents[split]:
+            return np.zeros((0, 2), np.uint64)
+        return np.memmap(self.path, "<u8", "r", self.offsets[split], (self.documents[split], 2))
+
+    def bigrams_of(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        offset, count = self.bigrams[split]
+        with open(self.path, "rb") as stream:
+            stream.seek(offset)
+            content = stream.read(10 * count)
+        return np.frombuffer(content[: 2 * count], "<u2"), np.frombuffer(content[2 * count :], "<u8")
+
+
+def stage_name(unit: Unit, limit: int | None) -> str:
+    return f"{unit.identity}-{limit or 'all'}.stage"
+
+
+def held_out(utf8: bytes, valid_fraction: float) -> bool:
+    """Whether a document (its beginning is enough) is of the held-out split; equal documents are on one side."""
+    return int.from_bytes(hashlib.sha256(utf8[:_HASHED_BYTES]).digest()[:8], "big") / 2**64 < valid_fraction
+
+
+def token_type(tokenizer: Tokenizer) -> np.dtype:
+    """Type of an id on disk: uint32 where 65,536 ids are not enough."""
+    return np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
+
+
+def write_stage(
+    unit: Unit, folder: pathlib.Path, tokenizer: Tokenizer, reading: Reading, most_broken: int,
+    limit: int | None = None, progress: Progress = lambda tokens, size: None,
+) -> Stage:  # fmt: skip
+    """Tokenizes `unit` into `folder`; the file is whole or absent.
+
+    Args:
+      most_broken: records that may be left out; one more is an error.
+      limit: stop after the document that brings the unit's text to so many bytes.
+      progress: called with tokens written and bytes of the unit read since the last call.
+    """
+    target = folder / stage_name(unit, limit)
+    draft = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with draft.open("wb", buffering=1 << 20) as stream:
+            _Writer(unit, stream, folder, tokenizer, reading, most_broken, progress).write(limit)
+        os.replace(draft, target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return Stage.open(target)
+
+
+class _Writer:
+    def __init__(
+        self, unit: Unit, stream: BinaryIO, folder: pathlib.Path, tokenizer: Tokenizer, reading: Reading,
+        most_broken: int, progress: Progress,
+    ):  # fmt: skip
+        self._unit, self._stream, self._tokenizer, self._reading = unit, stream, tokenizer, reading
+        self._most_broken, self._progress = most_broken, progress
+        self._type = token_type(tokenizer)
+        self._place = 0
+        # 16 bytes a document wait on the disk: a unit may hold more documents than memory.
+        self._documents = {name: tempfile.TemporaryFile(dir=folder) for name in SPLITS}  # noqa: SIM115
+        self._document_tokens = dict.fromkeys(SPLITS, 0)
+        self._bytes = dict.fromkeys(SPLITS, 0)
+        self._bigrams = {name: _Bigrams() for name in SPLITS}
+        self._empty = self._not_utf8 = 0
+        self._broken: list[list[str]] = []
+
+    def write(self, limit: int | None) -> None:
+        try:
+            self._write_documents(limit)
+            self._finish()
+        finally:
+            for documents in self._documents.values():
+                documents.close()
+
+    def _write_documents(self, limit: int | None) -> None:
+        split = ""
+        begin = 0
+        for part in read_parts(self._unit, self._reading.text_field, self._reading.record_format, self._advance):
+            if isinstance(part, Broken):
+                self._leave_out(part)
+                continue
+            if not split:
+                if not part.text:
+                    self._empty += 1
+                    continue
+                if not part.last and not self._tokenizer.divisible:
+                    raise ValueError(
+                        f"{self._unit.path!r} is too long for a tokenizer.json, which encodes documents whole; "
+                        "divide the document, or take another kind of tokenizer"
+                    )
+                split = "valid" if held_out(part.utf8, self._reading.valid_fraction) else "train"
+                begin = self._place
+                self._put(np.array([self._tokenizer.begin]))
+            self._put(self._tokenizer.encode(part.text))
+            self._bytes[split] += len(part.utf8)
+            self._bigrams[split].add(part.utf8, part.last)
+            if part.last:
+                self._put(np.array([self._tokenizer.end]))
+                self._documents[split].write(np.array([begin, self._place - begin], "<u8").tobytes())
+                self._document_tokens[split] += self._place - begin
+                split = ""
+                if limit is not None and sum(self._bytes.values()) >= limit:
+                    return
+
+    def _advance(self, size: int) -> None:
+        self._progress(0, size)
+
+    def _put(self, ids: np.ndarray) -> None:
+        self._stream.write(ids.astype(self._type).tobytes())
+        self._place += ids.size
+        self._progress(ids.size, 0)
+
+    def _leave_out(self, broken: Broken) -> None:
+        if self._unit.lenient:
+            self._not_utf8 += 1
+            return
+        self._broken.append([broken.where, broken.why])
+        if len(self._broken) > self._most_broken:
+            raise ValueError(f"{broken}; mend or remove it, or leave it out with --skip_bad_records=N")
+
+    def _finish(self) -> None:
+        self._stream.write(bytes(-self._stream.tell() % 8))
+        footer: dict[str, Any] = {"magic": _MAGIC, "bytes": self._bytes, "offsets": {}, "bigrams": {}}
+        footer["documents"] = {name: found.tell() // 16 for name, found in self._documents.items()}
+        footer["tokens"] = self._document_tokens
+        for name in SPLITS:
+            footer["offsets"][name] = self._stream.tell()
+            self._documents[name].seek(0)
+            shutil.copyfileobj(self._documents[name], self._stream)
+        for name in SPLITS:
+            counts = self._bigrams[name].counts()
+            (pairs,) = np.nonzero(counts)
+            footer["bigrams"][name] = [self._stream.tell(), len(pairs)]
+            self._stream.write(pairs.astype("<u2").tobytes() + counts[pairs].astype("<u8").tobytes())
+        content = json.dumps(
+            footer | {"empty": self._empty, "not_utf8": self._not_utf8, "broken": self._broken}
+        ).encode()
+        self._stream.write(content + len(content).to_bytes(8, "little"))
+
+
+class _Bigrams:
+    """Counts of adjacent bytes, never across documents."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(2**16, np.int64)
+        self._waiting: list[np.ndarray] = []
+        self._waiting_pairs = 0
+        self._previous = b""
+
+    def add(self, utf8: bytes, last: bool) -> None:
+        text = np.frombuffer(self._previous + utf8, np.uint8)
+        self._previous = b"" if last else utf8[-1:]
+        self._waiting.append(text[:-1].astype(np.uint16) << 8 | text[1:])
+        self._waiting_pairs += text.size
+        # Counting has a cost of its own that small documents should share.
+        if self._waiting_pairs >= 2**20:
+            self.counts()
+
+    def counts(self) -> np.ndarray:
+        if self._waiting:
+            self._counts += np.bincount(np.concatenate(self._waiting), minlength=2**16)
+        self._waiting, self._waiting_pairs = [], 0
+        return self._counts

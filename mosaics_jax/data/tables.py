@@ -1,0 +1,181 @@
+"""Records out of parquet, ArrayRecord and TFDS: their libraries are imported when the first such input is read."""
+
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from mosaics_jax.data.documents import (
+    MOST_RECORD_BYTES,
+    Advance,
+    Broken,
+    Part,
+    as_document,
+    damaged,
+    from_json,
+    from_text,
+    guarded,
+    open_plain,
+)
+from mosaics_jax.data.inputs import TFDS_PREFIX, Unit, suffixes
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+RECORD_FORMATS = ("text", "json")
+_ROWS = 64
+
+
+def parquet_units(whole: Unit, most_bytes: int) -> Iterator[Unit]:
+    """Runs of row groups of about `most_bytes` each."""
+    metadata = _open_parquet(whole).metadata
+    start = size = 0
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= most_bytes or group + 1 == metadata.num_row_groups:
+            share = (group + 1 - start) * whole.size // metadata.num_row_groups
+            yield dataclasses.replace(whole, start=start, stop=group + 1, size=share)
+            start, size = group + 1, 0
+
+
+def _open_parquet(unit: Unit) -> "pyarrow.parquet.ParquetFile":
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{unit.path!r} needs pyarrow; pip install 'mosaics_jax[parquet]'") from None
+    path = pathlib.Path(unit.path)
+    source: Any = path
+    if suffixes(path)[1]:  # its end must be read first: unpacked onto the disk
+        source = tempfile.TemporaryFile()  # noqa: SIM115 (the reader keeps it open)
+        with open_plain(path, lambda size: None) as packed:
+            while piece := guarded(path, lambda: packed.read(1 << 20)):
+                source.write(piece)
+    try:
+        # Without pre_buffer a row group is read in pieces, not whole.
+        return pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise damaged(path, error) from error
+
+
+def read_parquet(unit: Unit, text_field: str, advance: Advance) -> Iterator[Part | Broken]:
+    file = _open_parquet(unit)
+    import pyarrow
+
+    if text_field not in file.schema_arrow.names:
+        raise ValueError(
+            f"{unit.path!r} has no column {text_field!r}; its columns are "
+            f"{', '.join(map(repr, file.schema_arrow.names))} (--text_field names another)"
+        )
+    groups = range(file.metadata.num_row_groups)[unit.start : unit.stop]
+    row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start or 0))
+    total = max(1, sum(file.metadata.row_group(group).num_rows for group in groups))
+    done = 0
+    try:
+        for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=[text_field], use_threads=False):
+            for value in batch.column(0):
+                where = f"'{unit.path}' row {row}"
+                text = value.as_py()
+                if isinstance(text, str | bytes) and len(text) > MOST_RECORD_BYTES:
+                    yield Broken(where, f"is longer than {MOST_RECORD_BYTES:,} bytes")
+                else:
+                    yield from_text(text, where, f"a string in {text_field!r}")
+                row += 1
+                done += 1
+            advance(unit.size * done // total - unit.size * (done - batch.num_rows) // total)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise damaged(unit.path, error) from error
+
+
+def read_array_record(unit: Unit, text_field: str, record_format: str, advance: Advance) -> Iterator[Part | Broken]:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        reader = ArrayRecordReader(unit.path, options="readahead_buffer_size:0")
+        count = reader.num_records()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise damaged(unit.path, error) from error
+    try:
+        for index in range(count):
+            try:
+                (record,) = reader.read(index, index + 1)  # read([index]) takes time linear in the file
+            except (RuntimeError, ValueError, OSError) as error:
+                raise damaged(unit.path, error) from error
+            where = f"'{unit.path}' record {index}"
+            if len(record) > MOST_RECORD_BYTES:
+                yield Broken(where, f"is longer than {MOST_RECORD_BYTES:,} bytes")
+            elif record_format == "json":
+                yield from_json(record, text_field, where)
+            else:
+                yield as_document(record, where)
+            advance(unit.size * (index + 1) // count - unit.size * index // count)
+    finally:
+        reader.close()
+
+
+def _tfds() -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError:
+        raise ValueError(f"input {TFDS_PREFIX}... needs TFDS; pip install 'mosaics_jax[tfds]'") from None
+    return tensorflow_datasets
+
+
+def _builder(name: str, tfds_dir: str | None) -> Any:
+    tfds = _tfds()
+    try:
+        if pathlib.Path(name).is_dir():
+            return tfds.builder_from_directory(name)
+        return tfds.builder(name, data_dir=tfds_dir)
+    except Exception as error:  # of many kinds, and long
+        raise ValueError(
+            f"TFDS has no data set {name!r} ({str(error).strip().splitlines()[0]}); "
+            "--tfds_dir says where it was prepared"
+        ) from error
+
+
+def tfds_units(spec: str, tfds_dir: str | None) -> Iterator[Unit]:
+    """A unit for each file of a split of a data set that was prepared as array_record."""
+    name, _, split = spec.partition("@")
+    builder = _builder(name, tfds_dir)
+    splits = builder.info.splits
+    if split not in splits:
+        legal = ", ".join(f"{TFDS_PREFIX}{name}@{known}" for known in splits)
+        if not legal:
+            raise ValueError(
+                f"TFDS data set {name!r} is not prepared below {builder.data_dir}; "
+                "tfds.builder(NAME, file_format='array_record').download_and_prepare() does it"
+            )
+        raise ValueError(f"input {TFDS_PREFIX}{spec} names no split; legal: {legal}")
+    if builder.info.file_format.value != "array_record":
+        raise ValueError(
+            f"TFDS data set {name!r} is prepared as {builder.info.file_format.value}, which needs TensorFlow; "
+            "prepare it with file_format='array_record'"
+        )
+    start = 0
+    for path, count in zip(splits[split].filepaths, splits[split].shard_lengths, strict=True):
+        found = pathlib.Path(path).stat()
+        where = f"{builder.data_dir}@{split}"
+        yield Unit(where, "tfds", start, start + count, size=found.st_size, stamp=found.st_mtime_ns)
+        start += count
+
+
+def read_tfds(unit: Unit, text_field: str, advance: Advance) -> Iterator[Part | Broken]:
+    directory, _, split = unit.path.rpartition("@")
+    builder = _builder(directory, None)
+    if text_field not in builder.info.features:
+        raise ValueError(
+            f"TFDS data set {directory!r} has no feature {text_field!r}; its features are "
+            f"{', '.join(map(repr, builder.info.features))} (--text_field names another)"
+        )
+    # Only the text is decoded: other features may be images, or need libraries that are not there.
+    decoders = _tfds().decode.PartialDecoding({text_field: True})
+    source = builder.as_data_source(split=split, decoders=decoders)
+    start, stop = unit.start or 0, unit.stop or 0
+    for first in range(start, stop, _ROWS):
+        last = min(first + _ROWS, stop)
+        for index, record in zip(range(first, last), source.__getitems__(list(range(first, last))), strict=True):
+            yield from_text(record[text_field], f"'{unit.path}' record {index}", f"a text in {text_field!r}")
+        share = unit.size / (stop - start)
+        advance(int(share * (last - start)) - int(share * (first - start)))
