@@ -11,7 +11,7 @@ from mosaics_jax.config import DataConfig
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.mixture import Mixture, Phase, Source
 from mosaics_jax.data.packing import BestFitRows
-from mosaics_jax.data.source import ConcatRows, Rows
+from mosaics_jax.data.source import ConcatRows, Rows, Tokens
 
 PACKINGS: Mapping[str, type[ConcatRows] | type[BestFitRows]] = {"concat": ConcatRows, "best_fit": BestFitRows}
 
@@ -96,6 +96,10 @@ class Corpora:
             for step, weights in self._weights
         ]
         return Mixture(sources, phases)
+
+    def tokens(self, name: str) -> Tokens:
+        """The training tokens of one corpus, laid end to end."""
+        return Tokens(self.manifests[name], "train")
 
     def validation(self, name: str) -> Rows:
         """The held-out rows of one corpus, in order."""

@@ -78,7 +78,8 @@ def _read_text(unit: Unit, advance: Advance) -> Iterator[Part | Broken]:
             try:
                 decoder.decode(content, final=not content)
             except UnicodeDecodeError as error:
-                yield Broken(f"{str(path)!r}", f"is not UTF-8 at byte {seen - len(error.object) + error.end}")
+                place = seen + len(content) - len(error.object) + error.start  # some bytes of the piece before are held
+                yield Broken(f"{str(path)!r}", f"is not UTF-8 at byte {place}")
                 return
             seen += len(content)
             if not content:

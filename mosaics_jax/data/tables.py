@@ -1,5 +1,6 @@
 """Records out of parquet, ArrayRecord and TFDS: their libraries are imported when the first such input is read."""
 
+import contextlib
 import dataclasses
 import pathlib
 import tempfile
@@ -29,7 +30,8 @@ _ROWS = 64
 
 def parquet_units(whole: Unit, most_bytes: int) -> Iterator[Unit]:
     """Runs of row groups of about `most_bytes` each."""
-    metadata = _open_parquet(whole).metadata
+    with _open_parquet(whole) as file:
+        metadata = file.metadata
     start = size = 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
@@ -39,41 +41,40 @@ def parquet_units(whole: Unit, most_bytes: int) -> Iterator[Unit]:
             start, size = group + 1, 0
 
 
-def _open_parquet(unit: Unit) -> "pyarrow.parquet.ParquetFile":
+@contextlib.contextmanager
+def _open_parquet(unit: Unit) -> Iterator["pyarrow.parquet.ParquetFile"]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{unit.path!r} needs pyarrow; pip install 'mosaics_jax[parquet]'") from None
     path = pathlib.Path(unit.path)
-    source: Any = path
-    if suffixes(path)[1]:  # its end must be read first: unpacked onto the disk
-        source = tempfile.TemporaryFile()  # noqa: SIM115 (the reader keeps it open)
-        with open_plain(path, lambda size: None) as packed:
+    with contextlib.ExitStack() as stack:
+        source: Any = path
+        if suffixes(path)[1]:  # its end must be read first: unpacked onto the disk
+            source = stack.enter_context(tempfile.TemporaryFile())
+            packed = stack.enter_context(open_plain(path, lambda size: None))
             while piece := guarded(path, lambda: packed.read(1 << 20)):
                 source.write(piece)
-    try:
-        # Without pre_buffer a row group is read in pieces, not whole.
-        return pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(path, error) from error
+        try:
+            # Without pre_buffer a row group is read in pieces, not whole.
+            yield stack.enter_context(pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise damaged(path, error) from error
 
 
 def read_parquet(unit: Unit, text_field: str, advance: Advance) -> Iterator[Part | Broken]:
-    file = _open_parquet(unit)
-    import pyarrow
-
-    if text_field not in file.schema_arrow.names:
-        raise ValueError(
-            f"{unit.path!r} has no column {text_field!r}; its columns are "
-            f"{', '.join(map(repr, file.schema_arrow.names))} (--text_field names another)"
-        )
-    groups = range(file.metadata.num_row_groups)[unit.start : unit.stop]
-    row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start or 0))
-    total = max(1, sum(file.metadata.row_group(group).num_rows for group in groups))
-    done = 0
-    try:
+    with _open_parquet(unit) as file:
+        if text_field not in file.schema_arrow.names:
+            raise ValueError(
+                f"{unit.path!r} has no column {text_field!r}; its columns are "
+                f"{', '.join(map(repr, file.schema_arrow.names))} (--text_field names another)"
+            )
+        groups = range(file.metadata.num_row_groups)[unit.start : unit.stop]
+        row = first = sum(file.metadata.row_group(group).num_rows for group in range(unit.start or 0))
+        total = max(1, sum(file.metadata.row_group(group).num_rows for group in groups))
         for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=[text_field], use_threads=False):
+            done = row - first
             for value in batch.column(0):
                 where = f"'{unit.path}' row {row}"
                 text = value.as_py()
@@ -82,10 +83,7 @@ def read_parquet(unit: Unit, text_field: str, advance: Advance) -> Iterator[Part
                 else:
                     yield from_text(text, where, f"a string in {text_field!r}")
                 row += 1
-                done += 1
-            advance(unit.size * done // total - unit.size * (done - batch.num_rows) // total)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise damaged(unit.path, error) from error
+            advance(unit.size * (row - first) // total - unit.size * done // total)
 
 
 def read_array_record(unit: Unit, text_field: str, record_format: str, advance: Advance) -> Iterator[Part | Broken]:
@@ -94,14 +92,8 @@ def read_array_record(unit: Unit, text_field: str, record_format: str, advance: 
     try:
         reader = ArrayRecordReader(unit.path, options="readahead_buffer_size:0")
         count = reader.num_records()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise damaged(unit.path, error) from error
-    try:
         for index in range(count):
-            try:
-                (record,) = reader.read(index, index + 1)  # read([index]) takes time linear in the file
-            except (RuntimeError, ValueError, OSError) as error:
-                raise damaged(unit.path, error) from error
+            (record,) = reader.read(index, index + 1)  # read([index]) takes time linear in the file
             where = f"'{unit.path}' record {index}"
             if len(record) > MOST_RECORD_BYTES:
                 yield Broken(where, f"is longer than {MOST_RECORD_BYTES:,} bytes")
@@ -110,8 +102,9 @@ def read_array_record(unit: Unit, text_field: str, record_format: str, advance: 
             else:
                 yield as_document(record, where)
             advance(unit.size * (index + 1) // count - unit.size * index // count)
-    finally:
-        reader.close()
+        reader.close()  # tells too of a file that could not be opened
+    except (RuntimeError, ValueError, OSError, IndexError) as error:
+        raise damaged(unit.path, error) from error
 
 
 def _tfds() -> Any:
@@ -169,9 +162,7 @@ def read_tfds(unit: Unit, text_field: str, advance: Advance) -> Iterator[Part | 
             f"TFDS data set {directory!r} has no feature {text_field!r}; its features are "
             f"{', '.join(map(repr, builder.info.features))} (--text_field names another)"
         )
-    # Only the text is decoded: other features may be images, or need libraries that are not there.
-    decoders = _tfds().decode.PartialDecoding({text_field: True})
-    source = builder.as_data_source(split=split, decoders=decoders)
+    source = builder.as_data_source(split=split)
     start, stop = unit.start or 0, unit.stop or 0
     for first in range(start, stop, _ROWS):
         last = min(first + _ROWS, stop)
