@@ -102,6 +102,7 @@ class _Shown:
 
     def __call__(self, state: "Progress") -> None:
         now = time.monotonic()
+        done = min(state.done, state.total)  # some bytes are read twice
         if state.pass_ != self._pass:
             self.close()
             self._pass, self._began, self._printed = state.pass_, now, now
@@ -110,14 +111,14 @@ class _Shown:
                 total=state.total, desc=state.pass_, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
             )
         assert self._bar is not None
-        self._bar.update(min(state.done, state.total) - self._bar.n)
+        self._bar.update(done - self._bar.n)
         seconds = max(now - self._began, 1e-3)
         speed = f"{state.tokens / seconds / 1e6:.2f} M tokens/s"
         self._bar.set_postfix_str(speed, refresh=False)
-        if self._bar.disable and now - self._printed >= 10 and state.done:
+        if self._bar.disable and now - self._printed >= 10 and done:
             self._printed = now
-            left = seconds * max(0, state.total - state.done) / state.done
-            print(f"{state.pass_}: {state.done / max(1, state.total):.1%}, {speed}, {left:,.0f} s left", flush=True)
+            left = seconds * (state.total - done) / done
+            print(f"{state.pass_}: {done / max(1, state.total):.1%}, {speed}, {left:,.0f} s left", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -94,6 +94,42 @@ def test_mistakes_of_prepare(tmp_path: pathlib.Path, name: str, content: bytes |
     assert not output.exists()
 
 
+def test_verify_inspect_and_pack(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    mine = tmp_path / "corpus"
+    shutil.copytree(corpus, mine)
+    assert "every checksum, id and count" in _run("prepare", f"--verify={mine}").stdout
+    assert "train: rows of 64 are " in _run("prepare", f"--pack={mine}", "--context=64").stdout
+    assert "made by python -m launch.prepare --input=" in _run("prepare", f"--inspect={mine}").stdout
+    shown = _run("prepare", f"--inspect={mine}", "--row=3", "--context=64", "--packing=best_fit").stdout
+    assert "row 3 of " in shown
+    os.truncate(mine / "train-00000.tokens", 100)
+    result = _run("prepare", f"--verify={mine}")
+    assert "train-00000.tokens' has 100 bytes" in result.stdout
+    _assert_user_error(result, r"has 2 problems, listed above")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], "--output is not set; legal: a directory to make"),
+        (["--output=a", "--verify=b"], "--output and --verify are set; legal: one of"),
+        (["--verify=nowhere"], "no prepared corpus: 'nowhere'"),
+        (["--inspect={corpus}", "--row=100000"], "row is 100000; legal: 0 to"),
+        (["--inspect={corpus}", "--row=0", "--packing=best_fit"], "no best-fit plan for rows of 4096"),
+        (["--pack={corpus}", "--context=0"], "context is 0"),
+        (["--output={tmp}/x", "--tokenizer=nowhere"], "tokenizer is 'nowhere', which is no file"),
+        (["--output={tmp}/x", "--record_format=proto"], "record_format is 'proto'; legal: text, json"),
+        (["--output={tmp}/x", "--workers=-1"], "workers is -1"),
+        (["--output=/proc/x"], "output '/proc/x' cannot be made"),
+    ],
+)
+def test_more_mistakes_of_prepare(
+    corpus: pathlib.Path, tmp_path: pathlib.Path, arguments: list[str], pattern: str
+) -> None:
+    given = [argument.format(corpus=corpus, tmp=tmp_path) for argument in arguments]
+    _assert_user_error(_run("prepare", *given), pattern)
+
+
 def test_prepare_never_overwrites(corpus: pathlib.Path) -> None:
     before = (corpus / "manifest.json").read_bytes()
     _assert_user_error(_run("prepare", f"--output={corpus}"), re.escape(str(corpus)))

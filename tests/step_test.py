@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from mosaics_jax.data.source import Batch, pack
+from mosaics_jax.data.source import Batch, fields, pack
 from mosaics_jax.nn.model import parameter_axes
 from mosaics_jax.optimizer import learning_rate, make_optimizer
 from mosaics_jax.step import TrainState, draw_delay, init_state, make_eval_step, make_train_step
@@ -44,6 +44,24 @@ def test_accumulation_equals_the_large_batch() -> None:
         np.sum(metrics_parts["health"]["long"]["pairs"])
     )
     _close(after_whole, after_parts, 2e-5)
+
+
+def test_padding_enters_neither_loss_nor_memories() -> None:
+    """Rows end in padding, as best-fit packing leaves it; other ids there change no loss, gradient or new weight."""
+    step, state = _step()
+    rows = np.stack([np.random.default_rng(0).integers(0, 256, (4, 32)) for _ in range(2)], axis=1).astype(np.int32)
+    rows[:, 0, [0, 11]] = ~np.array(256)
+    results = []
+    for padding in (257, 5):
+        rows[:, 0, 20:], rows[:, 1, 20:] = padding, 256
+        rows[:, 0, 20] = ~rows[:, 0, 20]
+        batch = fields(rows, begin=256)
+        assert batch.weight.sum() == 4 * 20
+        results.append(step(state, batch))
+    (first, metrics), (second, other) = results
+    for name in ("loss", "grad_norm", "tokens"):
+        assert float(metrics[name]) == float(other[name])
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
 
 
 def test_the_loss_goes_down_on_one_batch() -> None:

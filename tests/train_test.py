@@ -18,7 +18,9 @@ from safetensors.numpy import load_file
 
 import mosaics_jax
 from mosaics_jax import train as train_lib
+from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.mixture import Mixture
+from mosaics_jax.data.packing import plan_rows
 from mosaics_jax.data.source import Batch
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -58,6 +60,7 @@ def test_what_a_run_leaves(finished: pathlib.Path) -> None:
     last = steps[-1]
     assert last["mfu"] == "unknown"  # a CPU has no published peak
     assert {"loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second", "delay"} <= last.keys()
+    assert 0 <= last["data_wait"] < 1
     for memory in ("short", "long"):
         for name in ("bandwidth", "decay", "log_gate"):
             values = [last[f"health/{memory}/{name}_{which}"] for which in ("min", "mean", "max")]
@@ -102,6 +105,54 @@ def test_a_changed_corpus_is_refused(finished: pathlib.Path, tmp_path: pathlib.P
     helpers.make_corpus(tmp_path, seed=1)
     with pytest.raises(ValueError, match=r"was trained on another corpus .*--config.data.path"):
         train_lib.train(helpers.tiny_config(tmp_path / "corpus"), finished)
+
+
+def test_a_changed_corpus_that_is_accepted_is_recorded(
+    corpus: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    helpers.make_corpus(tmp_path, seed=1)
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for step in ("6", "8"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    other = helpers.tiny_config(tmp_path / "corpus", **{"data.seed": 7})
+    with pytest.raises(ValueError, match=r"data.seed: 0 -> 7"):
+        train_lib.train(other, workdir)
+    train_lib.train(other, workdir, accept_new_data=True)
+    (change,) = _records(workdir, "data_change")
+    assert change["step"] == 3
+    assert change["changes"][0] == "data.seed: 0 -> 7"
+    assert change["changes"][1].startswith("manifest: ")
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["data_changes"] == [{"step": 3, "changes": change["changes"]}]
+    # from now on the new data is the run's own; the old is refused, also where only the old checkpoint is left
+    for step in ("6", "8"):
+        shutil.rmtree(workdir / "checkpoints" / step)
+    train_lib.train(other, workdir)
+    with pytest.raises(ValueError, match=r"data.seed: 7 -> 0"):
+        train_lib.train(helpers.tiny_config(corpus), workdir)
+    assert json.loads((workdir / "config.json").read_text())["data_changes"] == record["data_changes"]
+
+
+def test_a_mixture_is_trained_evaluated_and_reported(tmp_path: pathlib.Path) -> None:
+    for seed, name in enumerate(("stories", "books")):
+        helpers.make_corpus(tmp_path / name, seed=seed)
+        (tmp_path / name / "corpus").rename(tmp_path / f"{name}_")
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / f"{name}_").rename(tmp_path / name)
+        plan_rows(Manifest.load(tmp_path / name), 32)
+    mixture = {"data.mixture": {"stories": 3, "books": 1}, "data.mixture_changes": {"4": {"books": 1}}}
+    config = helpers.tiny_config(tmp_path, **mixture, **{"data.packing": "best_fit"})
+    train_lib.train(config, tmp_path / "run")
+    shares = {record["step"]: record["mixture/stories"] for record in _records(tmp_path / "run", "train")}
+    assert shares == {1: 0.75, 2: 0.75, 4: 0.75, 6: 0.5, 8: 0.375}
+    evaluation = _records(tmp_path / "run", "eval")[-1]
+    parts = [evaluation[f"{name}/loss"] for name in ("stories", "books")]
+    assert evaluation["loss"] == pytest.approx(0.75 * parts[0] + 0.25 * parts[1])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"]["mixture"] == {
+        "stories": 3, "books": 1,
+    }  # fmt: skip
+    assert mosaics_jax.load(tmp_path / "run")[0] is not None
 
 
 def test_a_damaged_checkpoint_is_named(corpus: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:

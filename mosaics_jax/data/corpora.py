@@ -29,7 +29,7 @@ class Corpora:
         self._config = config
         changes = sorted((int(step), weights) for step, weights in config.mixture_changes.items())
         self._weights = [(0, config.mixture or {"": 1.0}), *changes]
-        names = dict.fromkeys(name for _, weights in self._weights for name in weights)
+        names = sorted({name for _, weights in self._weights for name in weights})  # no matter how they are written
         root = pathlib.Path(config.path)
         self.manifests = {name: Manifest.load(root / name if name else root) for name in names}
         self._any = next(iter(self.manifests.values()))

@@ -103,6 +103,11 @@ def test_workers_give_the_same_batches(root, name):
     assert resumed == whole
 
 
+def test_the_order_that_weights_are_written_in_changes_nothing(root):
+    turned = {"mixture": dict(reversed(MIXED["mixture"].items())), "mixture_changes": MIXED["mixture_changes"]}
+    assert [digest(b) for b in take(corpora(root, **turned))] == [digest(b) for b in take(corpora(root, **MIXED))]
+
+
 def test_everything_else_changes_the_rows(root):
     """Each of the things that rows depend on does change them."""
     base = MIXED | {"packing": "best_fit"}

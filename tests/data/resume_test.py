@@ -1,5 +1,6 @@
 """Any number of workers, and any number of kills, give the same bytes."""
 
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -115,6 +116,33 @@ def test_killed_again_and_again(folder, tmp_path):
     time.sleep(1)
     left = subprocess.run(["pgrep", "-f", str(tmp_path / "out")], capture_output=True, check=False).stdout
     assert left == b"", "workers outlived the command"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lines.jsonl.gz", "one.txt", "table.parquet"])
+def test_memory_does_not_grow_with_the_input(tmp_path, name):
+    """A file of 300 MB of text: the greatest resident size of the command and its worker, as the kernel counts it."""
+    texts = ["".join(random.Random(seed).choices("abcdefgh \n", k=3000)) for seed in range(100)]
+    path = tmp_path / name
+    if name == "lines.jsonl.gz":
+        with gzip.open(path, "wt", compresslevel=1) as stream:
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in texts * 1000)
+    elif name == "one.txt":
+        with path.open("w") as stream:
+            stream.writelines(texts * 1000)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pyarrow.table({"text": texts * 1000}), path, row_group_size=10**6, use_dictionary=False
+        )
+    arguments = [f"--input={path}", f"--input={ROOT / 'docs'}", f"--output={tmp_path / 'out'}", "--workers=1"]
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'launch.prepare', '--valid_fraction=0.3', *sys.argv[1:]], check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True)
+    assert int(done.stdout.split()[-1]) < 500_000  # KB
 
 
 def test_other_settings_do_not_go_on(folder, tmp_path, monkeypatch):
