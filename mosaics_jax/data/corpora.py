@@ -5,8 +5,6 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-import numpy as np
-
 from mosaics_jax.config import DataConfig
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.mixture import Mixture, Phase, Source
@@ -108,4 +106,4 @@ class Corpora:
     def realised(self, steps: int) -> dict[str, float]:
         """The share of rows that each corpus has given in the first `steps` steps."""
         given = self.training().given(steps * self._config.batch)
-        return dict(zip(self.manifests, (given / max(1, int(np.sum(given)))).tolist(), strict=True))
+        return {name: count / max(1, sum(given)) for name, count in zip(self.manifests, given, strict=True)}

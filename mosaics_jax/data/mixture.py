@@ -8,6 +8,7 @@ rows: always within one row for each source before it of its share, growing by o
 r is turned into a source and a place in O(1). A source's rows come in epochs, each a permutation of its own.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from mosaics_jax.data.permutation import permutation_key, permute
 from mosaics_jax.data.source import Rows
 
-# Weights are counted in millionths, so that shares are exact in integers for 2**43 rows.
+# Weights are counted in millionths, about, so that shares are exact in integers.
 _UNITS = 1 << 20
 
 
@@ -42,22 +43,21 @@ class Mixture:
         assert phases[0].first == 0
         self._sources, self._shuffle = sources, shuffle
         self._phases = [(phase.first, _integers(phase.weights)) for phase in phases]
-        before = [np.zeros(len(sources), np.int64)]
-        for (first, weights), (stop, _) in zip(self._phases[:-1], self._phases[1:], strict=True):
-            before.append(before[-1] + _given(np.array([stop - first]), weights)[0])
-        self._before = before
+        self._before = [[0] * len(sources)]
+        for (first, weights), (stop, _) in itertools.pairwise(self._phases):
+            self._before.append(_sums(self._before[-1], _given(stop - first, weights)))
 
     def place(self, row: int) -> tuple[int, int]:
         """Number of the source that gives `row`, and which of that source's rows it is, counted over all epochs."""
         after, before = self.given(row + 1), self.given(row)
-        source = int(np.flatnonzero(after - before)[0])
-        return source, int(before[source])
+        source = next(number for number, count in enumerate(before) if after[number] != count)
+        return source, before[source]
 
-    def given(self, count: int) -> np.ndarray:
+    def given(self, count: int) -> list[int]:
         """Rows that each source has given among the first `count` of the run."""
         number = max(n for n, (first, _) in enumerate(self._phases) if first <= count)
         first, weights = self._phases[number]
-        return self._before[number] + _given(np.array([count - first]), weights)[0]
+        return _sums(self._before[number], _given(count - first, weights))
 
     def __getitem__(self, row: int) -> np.ndarray:
         number, place = self.place(row)
@@ -76,11 +76,14 @@ def _integers(weights: Sequence[float]) -> list[int]:
     return whole
 
 
-def _given(counts: np.ndarray, weights: Sequence[int]) -> np.ndarray:
-    given = np.zeros((len(counts), len(weights)), np.int64)
-    left, rest = counts.astype(np.int64), _UNITS
-    for number, weight in enumerate(weights):
-        if weight:
-            given[:, number] = left * weight // rest
-            left, rest = left - given[:, number], rest - weight
+def _given(count: int, weights: Sequence[int]) -> list[int]:
+    given = []
+    left, rest = count, _UNITS
+    for weight in weights:
+        given.append(left * weight // rest if weight else 0)
+        left, rest = left - given[-1], rest - weight
     return given
+
+
+def _sums(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    return [x + y for x, y in zip(a, b, strict=True)]

@@ -169,7 +169,7 @@ def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
             raise ValueError(f"tokenizer is {spec!r}, but these texts hold only {found} ids; use bpe:{found} or fewer")
         return RankTokenizer(ranks, "bpe")
     path = pathlib.Path(spec)
-    if path.is_dir():
+    if spec and path.is_dir():
         return load_tokenizer(path)
     if not path.is_file():
         raise ValueError(f"tokenizer is {spec!r}, which is no file; legal: {LEGAL_SPECS}")

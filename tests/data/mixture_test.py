@@ -37,7 +37,7 @@ def test_shares_are_kept_to_a_row_and_places_count_up(weights):
         assert place == counts[source]
         counts[source] += 1
         assert np.abs(counts - (row + 1) * np.array(weights) / sum(weights)).max() < len(weights)
-    np.testing.assert_allclose(made.given(10**12) / 10**12, np.array(weights) / sum(weights), atol=1e-6)
+    np.testing.assert_allclose(np.array(made.given(10**12)) / 10**12, np.array(weights) / sum(weights), atol=1e-6)
 
 
 def test_weights_that_change_go_on_in_every_source():

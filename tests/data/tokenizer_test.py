@@ -226,3 +226,11 @@ def test_llama3_of_llama_models():
     assert made.encode("Hello, world!").tolist() == [9906, 11, 1917, 0]
     for text in ROUND_TRIPS:
         assert made.decode(made.encode(text)) == text
+
+
+def test_the_folder_of_a_prepared_corpus_names_its_tokenizer(tmp_path):
+    made = make_tokenizer("bpe:300", [" ".join(f"word{i} and{i}" for i in range(300))])
+    made.save(tmp_path / "tokenizer")
+    assert make_tokenizer(str(tmp_path / "tokenizer")).fingerprint == made.fingerprint
+    with pytest.raises(ValueError, match=r"tokenizer_config.json' is missing"):
+        make_tokenizer(str(tmp_path))
