@@ -180,6 +180,8 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
     try:
         with draft.open("wb") as stream:
             stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(draft, path)
     except OSError as error:
         draft.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -26,6 +25,10 @@ class _Worker:
     shared: Any = None
 
 
+class _StoppedError(Exception):
+    """The pool is being left because of an error; what a task has not finished is given up."""
+
+
 class Pool:
     """`workers` spawned processes, or with 0 this one.
 
@@ -38,7 +41,8 @@ class Pool:
         self._held: Any = self.tokenizer
         self._workers = workers
         self._context = multiprocessing.get_context("spawn")
-        self._counters: Any = self._context.Array("q", 2) if workers else [0, 0]
+        # Two sums of the tasks' progress, and whether they should stop.
+        self._counters: Any = self._context.Array("q", 3) if workers else [0, 0, 0]
         self._folder = tokenizer
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
 
@@ -46,7 +50,8 @@ class Pool:
         self._start(None)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._counters[2] = kind is not None
         self._stop()
 
     def share(self, held: Any) -> None:
@@ -73,8 +78,8 @@ class Pool:
                 if not waiting:
                     break
                 while not (done := concurrent.futures.wait([waiting[0]], _EVERY_SECONDS).done):
-                    report(*self._counters)
-                report(*self._counters)
+                    report(*self._counters[:2])
+                report(*self._counters[:2])
                 yield done.pop().result()
                 waiting.popleft()
         except BrokenProcessPool as error:
@@ -90,7 +95,7 @@ class Pool:
         def progress(first: int, second: int) -> None:
             self._counters[0] += first
             self._counters[1] += second
-            report(*self._counters)
+            report(*self._counters[:2])
 
         for one in arguments:
             yield task(self._held, *one, progress=progress)
@@ -131,7 +136,10 @@ def _run(task: Callable[..., Any], arguments: tuple) -> Any:
         with _Worker.counters.get_lock():
             _Worker.counters[0] += unsent[0]
             _Worker.counters[1] += unsent[1]
+            stopped = _Worker.counters[2]
         unsent[:] = 0, 0
+        if stopped:
+            raise _StoppedError
 
     def progress(first: int, second: int) -> None:
         unsent[0] += first
@@ -140,6 +148,6 @@ def _run(task: Callable[..., Any], arguments: tuple) -> Any:
             send()
 
     held = _Worker.shared if _Worker.shared is not None else _Worker.tokenizer
-    with contextlib.ExitStack() as stack:
-        stack.callback(send)
-        return task(held, *arguments, progress=progress)
+    result = task(held, *arguments, progress=progress)
+    send()
+    return result

@@ -281,9 +281,10 @@ def _stage_task(
 ) -> Stage:  # fmt: skip
     path = folder / stage_name(unit, limit)
     if path.exists():
-        stage = Stage.open(path)
-        progress(0, unit.size)
-        return stage
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # else it is broken, and made anew
+            stage = Stage.open(path)
+            progress(0, unit.size)
+            return stage
     return write_stage(unit, folder, tokenizer, reading, most_broken, limit, progress)
 
 

@@ -45,6 +45,7 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
             lengths = _copy_documents(layout, number, stream.fileno(), progress)
             stream.seek(0)
             blocks, sha256 = checksums(stream)
+            os.fsync(stream.fileno())
         os.replace(draft, folder / f"{name}.tokens")
     except OSError as error:
         raise cannot_write(folder / f"{name}.tokens", error) from error

@@ -19,6 +19,7 @@ from mosaics_jax.data import prepare as prepare_lib
 from mosaics_jax.data import stage
 from mosaics_jax.data.check import problems
 from mosaics_jax.data.corpus import Manifest
+from mosaics_jax.data.packing import plan_rows
 from mosaics_jax.data.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -143,6 +144,47 @@ def test_memory_does_not_grow_with_the_input(tmp_path, name):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True)
     assert int(done.stdout.split()[-1]) < 500_000  # KB
+
+
+def test_a_broken_stage_is_made_anew(folder, tmp_path):
+    (folder / "05.jsonl").write_text("broken")
+    with pytest.raises(ValueError, match=r"05.jsonl:1' is not JSON"):
+        run(folder, tmp_path / "out")
+    stages = sorted((tmp_path / "out.partial" / "stages").glob("*.stage"))
+    assert len(stages) == 5
+    stages[0].write_bytes(b"")
+    stages[1].write_bytes(stages[1].read_bytes()[:-20])
+    (folder / "05.jsonl").write_text('{"text": "mended"}\n')
+    run(folder, tmp_path / "out")
+    run(folder, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path):
+    (tmp_path / "long.jsonl").write_text((json.dumps({"text": "some words " * 500}) + "\n") * 20_000)
+    command = [sys.executable, "-m", "launch.prepare", f"--input={tmp_path}", f"--output={tmp_path / 'out'}"]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("out.partial/stages/*.partial")):
+        time.sleep(0.05)
+    began = time.monotonic()
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said == "stopped; the same command goes on from what is done\n"
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+def test_stories_fill_their_rows(tmp_path):
+    """Fill of at least 0.97 at 4,096; needs ../shared/data."""
+    files = sorted((ROOT.parent / "shared" / "data" / "stories").glob("*.xz"))
+    if not files:
+        pytest.skip("shared/data/stories is not here")
+    made = prepare([str(file) for file in files], str(tmp_path / "out"), "bpe:8192")
+    fill = plan_rows(made, 4096)
+    assert fill["train"] > 0.97
+    assert fill["valid"] > 0.97
 
 
 def test_other_settings_do_not_go_on(folder, tmp_path, monkeypatch):
