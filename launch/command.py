@@ -33,7 +33,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _plain(error: Exception) -> str:
-    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, AttributeError | KeyError) and " " not in message:  # a new name in a dictionary of the config
+        name = message.strip("\"'")
+        return f"the config has no {name!r}; set a dictionary whole: --config.data.mixture=\"{{'a': 0.7, 'b': 0.3}}\""
+    return message
 
 
 def _last_error(message: str) -> str:

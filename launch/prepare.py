@@ -114,7 +114,8 @@ class _Shown:
         self._bar.update(done - self._bar.n)
         seconds = max(now - self._began, 1e-3)
         speed = f"{state.tokens / seconds / 1e6:.2f} M tokens/s"
-        self._bar.set_postfix_str(speed, refresh=False)
+        if state.pass_ == "tokenizing":
+            self._bar.set_postfix_str(speed, refresh=False)
         if self._bar.disable and now - self._printed >= 10 and done:
             self._printed = now
             left = seconds * (state.total - done) / done

@@ -57,6 +57,9 @@ def test_help_documents_every_flag(module: str) -> None:
         (["--workdir=x", "--config.model.layers=three"], "config.model.layers"),
         (["--workdir=x", "--config.model.heads=3"], "model.heads is 3, which does not divide model.width = 128"),
         (["--workdir=x", "--config.data.context=32"], "data.context is 32, shorter than the window"),
+        (["--workdir=x", "--config.data.mixture.books=0.3"], r"has no 'books'; set a dictionary whole"),
+        (["--workdir=x", "--config.data.mixture={'books':0}"], r"data.mixture.books is 0; legal: a positive number"),
+        (["--workdir=x", "--config.data.packing=tight"], r"data.packing is 'tight'; legal: concat, best_fit"),
         (["--workdir=x", "--config.data.path=nowhere"], "no prepared corpus: 'nowhere'.*launch.prepare"),
     ],
 )

@@ -294,14 +294,13 @@ def _splits(
 ) -> dict[str, Split]:  # fmt: skip
     """The second pass: the shards of each split."""
     splits = {}
-    total = sum(sum(stage.tokens.values()) for stage in stages)
     for name in SPLITS:
         tokens, documents = (sum(getattr(stage, kind)[name] for stage in stages) for kind in ("tokens", "documents"))
         count = min(documents, max(-(-tokens // settings.shard_tokens), -(-documents // _MOST_DOCUMENTS)))
         layout = Layout(name, stages, count, settings.shuffle_seed, dtype)
 
-        def report(done: int, _: int) -> None:
-            progress(Progress("writing shards", done, total, done))
+        def report(done: int, _: int, name: str = name, tokens: int = tokens) -> None:
+            progress(Progress(f"writing {name}", done, tokens, done))
 
         pool.share(layout)
         tasks = [(number, folder) for number in range(count)]

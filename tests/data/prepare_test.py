@@ -230,11 +230,15 @@ def test_max_bytes_takes_whole_documents(corpus, tmp_path):
 def test_progress_reaches_the_end(corpus, tmp_path):
     calls = []
     manifest = prepare([corpus], str(tmp_path / "out"), valid_fraction=0.3, progress=lambda *call: calls.append(call))
-    passes = {name: [call for (call,) in calls if call.pass_ == name] for name in ("tokenizing", "writing shards")}
+    passes = {
+        name: [call for (call,) in calls if call.pass_ == name]
+        for name in ("tokenizing", "writing train", "writing valid")
+    }
     tokens = sum(split.tokens for split in manifest.splits.values())
     last = passes["tokenizing"][-1]
     assert (last.done, last.total, last.tokens) == (os.path.getsize(corpus), os.path.getsize(corpus), tokens)
-    assert passes["writing shards"][-1].tokens <= tokens == passes["writing shards"][-1].total
+    for name, split in manifest.splits.items():
+        assert passes[f"writing {name}"][-1].done == passes[f"writing {name}"][-1].total == split.tokens
 
 
 @pytest.mark.parametrize(
