@@ -89,6 +89,18 @@ def test_a_run_that_is_stopped_redoes_nothing_that_was_done(folder, tmp_path, mo
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def _ends(group: int, seconds: float = 20) -> bool:
+    """Whether every process of a group ends."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(folder, tmp_path):
     """SIGKILL at random moments to the command and, with it, its workers; then the same bytes as undisturbed."""
@@ -98,25 +110,20 @@ def test_killed_again_and_again(folder, tmp_path):
         "--tokenizer=bpe:280", "--valid_fraction=0.2", "--shard_tokens=20000", "--workers=2",
     ]  # fmt: skip
     draw = random.Random(1)
-    kills = 0
-    began = time.monotonic()
-    subprocess.run([*command[:-1], "--workers=2", f"--output={tmp_path / 'timed'}"], cwd=ROOT, check=True)
-    whole_run = time.monotonic() - began
-    while not (tmp_path / "out").exists() and kills < 12:
-        running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        try:
-            running.wait(draw.uniform(0.2, 1.0) * whole_run)
-        except subprocess.TimeoutExpired:
-            running.send_signal(signal.SIGKILL)
-            kills += 1
-        running.wait()
-    subprocess.run(command, cwd=ROOT, check=False)
-    assert kills >= 2
+    partial = tmp_path / "out.partial"
+    # at once, and when so many units or some shards are done; then a little later
+    for reached in ("*", "stages/*.stage", "stages/*[0-7]-all.stage", "train-*.tokens", "train-*.json"):
+        running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        while not list(partial.glob(reached)) and running.poll() is None:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.1))
+        if running.poll() is None:
+            running.kill()
+        assert running.wait() == -signal.SIGKILL, "it was done before it was killed"
+        assert _ends(running.pid), "workers outlived the command"
+    subprocess.run(command, cwd=ROOT, check=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert list(problems(Manifest.load(tmp_path / "out"))) == []
-    time.sleep(1)
-    left = subprocess.run(["pgrep", "-f", str(tmp_path / "out")], capture_output=True, check=False).stdout
-    assert left == b"", "workers outlived the command"
 
 
 @pytest.mark.slow
