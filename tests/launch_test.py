@@ -78,6 +78,19 @@ def test_a_truncated_shard_is_refused_before_training(corpus: pathlib.Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_shard_stops_training_with_the_place(corpus: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    shard = tmp_path / "corpus" / "train-00000.tokens"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    arguments = helpers.command_line(helpers.tiny_config(tmp_path / "corpus"))
+    pattern = (
+        r"train-00000.tokens', bytes 0 to \d+: they do not match their checksum; restore it from a copy, or prepare"
+    )
+    _assert_user_error(_run("train", f"--workdir={tmp_path}/run", *arguments), pattern)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "pattern"),
     [

@@ -11,7 +11,6 @@ All of it happens in `OUTPUT.partial`, which becomes `OUTPUT` by one rename: a p
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -31,6 +30,7 @@ from mosaics_jax.data.shards import Layout, write_shard
 from mosaics_jax.data.stage import Reading, Stage, held_out, stage_name, token_type, write_stage
 from mosaics_jax.data.tables import RECORD_FORMATS
 from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from mosaics_jax.data.workplace import Settings, UnusableError, workplace
 
 # A worker holds some numbers for each document of a shard.
 _MOST_DOCUMENTS = 1 << 20
@@ -44,27 +44,6 @@ class Progress:
     done: int
     total: int
     tokens: int
-
-
-class _UnusableError(ValueError):
-    """What is done is of no use to any other run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """All that decides the result, besides the input."""
-
-    tokenizer: str
-    valid_fraction: float
-    shard_tokens: int
-    max_bytes: int | None
-    text_field: str
-    record_format: str
-    shuffle_seed: int | None
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(self.text_field, self.record_format, self.valid_fraction)
 
 
 def prepare(
@@ -105,18 +84,18 @@ def prepare(
       ValueError: an input cannot be read, an argument is out of range, a split would be empty, the disk refuses,
         `output` is not empty, or another run is writing it.
     """
-    settings = _Settings(tokenizer, valid_fraction, shard_tokens, max_bytes, text_field, record_format, shuffle_seed)
+    settings = Settings(tokenizer, valid_fraction, shard_tokens, max_bytes, text_field, record_format, shuffle_seed)
     _check(settings, skip_bad_records, workers)
     units = find_units(inputs, tfds_dir)
     target = pathlib.Path(output).absolute()
-    with _workplace(target, settings) as partial:
+    with workplace(target, settings) as partial:
         made = _tokenizer(partial, settings, units)
         with Pool(workers, partial / "tokenizer") as pool:
             stages = _stages(pool, units, partial / "stages", settings, skip_bad_records, progress)
             for name, remedy in (("valid", "raise"), ("train", "lower")):
                 if not sum(stage.documents[name] for stage in stages):
                     count = sum(sum(stage.documents.values()) for stage in stages)
-                    raise _UnusableError(
+                    raise UnusableError(
                         f"valid_fraction is {valid_fraction}, which leaves the {name} split of {count} documents "
                         f"empty; {remedy} valid_fraction or give more documents"
                     )
@@ -136,7 +115,7 @@ def prepare(
     return dataclasses.replace(manifest, directory=pathlib.Path(output))
 
 
-def _check(settings: _Settings, skip_bad_records: int, workers: int) -> None:
+def _check(settings: Settings, skip_bad_records: int, workers: int) -> None:
     if not 0 < settings.valid_fraction < 1:
         raise ValueError(f"valid_fraction is {settings.valid_fraction}; legal: more than 0 and less than 1")
     for name, value in (("shard_tokens", settings.shard_tokens), ("max_bytes", settings.max_bytes)):
@@ -149,61 +128,7 @@ def _check(settings: _Settings, skip_bad_records: int, workers: int) -> None:
         raise ValueError(f"record_format is {settings.record_format!r}; legal: {', '.join(RECORD_FORMATS)}")
 
 
-@contextlib.contextmanager
-def _workplace(target: pathlib.Path, settings: _Settings) -> Iterator[pathlib.Path]:
-    """The directory beside `target` where it is made; held by this run alone, and kept only if some work is done."""
-    partial = target.with_name(f"{target.name}.partial")
-    _check_free(target)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"output {str(target)!r} cannot be made ({error.strerror}); name another directory") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another run is writing {str(target)!r}; wait for it or name another output") from error
-        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
-            raise ValueError(f"another run has just written {str(target)!r}; name another output")
-        _check_free(target)
-        _check_settings(partial, target, settings)
-        (partial / "stages").mkdir(exist_ok=True)
-        try:
-            yield partial
-        except _UnusableError:
-            shutil.rmtree(partial)
-            raise
-        finally:
-            stages = (Stage.open(path) for path in (partial / "stages").glob("*.stage"))
-            if partial.exists() and not any(any(stage.documents.values()) for stage in stages):
-                shutil.rmtree(partial)
-    finally:
-        os.close(handle)
-
-
-def _check_free(target: pathlib.Path) -> None:
-    if (target / MANIFEST).exists():
-        raise ValueError(f"output {str(target)!r} already holds a prepared corpus; remove it or name another directory")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"output {str(target)!r} exists and is not an empty directory; name another directory")
-
-
-def _check_settings(partial: pathlib.Path, target: pathlib.Path, settings: _Settings) -> None:
-    path = partial / "settings.json"
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if path.exists():
-        before = json.loads(path.read_bytes())
-        changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
-        if changed:
-            raise ValueError(
-                f"{str(partial)!r} holds an unfinished run with other settings ({'; '.join(changed)}); take the old "
-                f"settings to finish it, remove it to start anew, or name another output than {target.name!r}"
-            )
-    write_whole(path, json.dumps(now).encode())
-
-
-def _tokenizer(partial: pathlib.Path, settings: _Settings, units: list[list[Unit]]) -> Tokenizer:
+def _tokenizer(partial: pathlib.Path, settings: Settings, units: list[list[Unit]]) -> Tokenizer:
     """Makes the tokenizer, or takes the one that was trained before the run was stopped."""
     folder = partial / "tokenizer"
     if settings.tokenizer.startswith("bpe:") and folder.exists():
@@ -220,7 +145,7 @@ def _tokenizer(partial: pathlib.Path, settings: _Settings, units: list[list[Unit
     return made
 
 
-def _training_texts(units: list[list[Unit]], settings: _Settings) -> Iterator[str]:
+def _training_texts(units: list[list[Unit]], settings: Settings) -> Iterator[str]:
     reading, taken, held = settings.reading, 0, None
     for unit in itertools.chain.from_iterable(units):
         for part in read_parts(unit, reading.text_field, reading.record_format, lambda size: None):
@@ -237,7 +162,7 @@ def _training_texts(units: list[list[Unit]], settings: _Settings) -> Iterator[st
 
 
 def _stages(
-    pool: Pool, units: list[list[Unit]], folder: pathlib.Path, settings: _Settings, most_broken: int,
+    pool: Pool, units: list[list[Unit]], folder: pathlib.Path, settings: Settings, most_broken: int,
     progress: Callable[[Progress], None],
 ) -> list[Stage]:  # fmt: skip
     """The first pass: a stage file for each unit, in the order of the input, as far as `max_bytes` reaches."""
@@ -289,7 +214,7 @@ def _stage_task(
 
 
 def _splits(
-    pool: Pool, stages: list[Stage], folder: pathlib.Path, settings: _Settings, dtype: np.dtype,
+    pool: Pool, stages: list[Stage], folder: pathlib.Path, settings: Settings, dtype: np.dtype,
     progress: Callable[[Progress], None],
 ) -> dict[str, Split]:  # fmt: skip
     """The second pass: the shards of each split."""
@@ -349,11 +274,11 @@ def _skipped(stages: list[Stage], folder: pathlib.Path) -> dict[str, int]:
     }
 
 
-def _command(inputs: Sequence[str], settings: _Settings) -> str:
+def _command(inputs: Sequence[str], settings: Settings) -> str:
     """The command line that gives this corpus: what differs from the defaults."""
-    defaults = _Settings("bytes", 0.02, 2**27, None, "text", "text", 0)
+    defaults = Settings("bytes", 0.02, 2**27, None, "text", "text", 0)
     words = ["python", "-m", "launch.prepare", *(f"--input={name}" for name in inputs), "--output=DIR"]
-    for field in dataclasses.fields(_Settings):
+    for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
         if value != getattr(defaults, field.name):
             words.append("--noshuffle" if value is None else f"--{field.name}={value}")

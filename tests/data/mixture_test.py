@@ -63,3 +63,12 @@ def test_keys_and_order():
     orders = {key: [mixture([50], (0, (1,)), key=key)[row] for row in range(100)] for key in ("a", "b")}
     assert orders["a"] != orders["b"]
     assert [mixture([5], (0, (1,)), shuffle=False)[row] for row in range(12)] == [*range(5), *range(5), 0, 1]
+
+
+def test_the_rows_are_pinned():
+    # A change here means that runs no longer resume in the order they began with.
+    made = mixture([5, 3], (0, (0.7, 0.3)), (8, (0.5, 0.5)))
+    assert [made[row] for row in range(16)] == PINNED
+
+
+PINNED = [1000, 2, 4, 1002, 1, 0, 1001, 3, 1001, 4, 1000, 2, 1002, 1, 1002, 3]

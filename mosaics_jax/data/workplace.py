@@ -1,0 +1,88 @@
+"""Where `prepare` works: a directory beside the one it makes, held by one run, found again by the next."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from mosaics_jax.data.corpus import MANIFEST, write_whole
+from mosaics_jax.data.stage import Reading, Stage
+
+
+class UnusableError(ValueError):
+    """What is done is of no use to any other run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides the result, besides the input."""
+
+    tokenizer: str
+    valid_fraction: float
+    shard_tokens: int
+    max_bytes: int | None
+    text_field: str
+    record_format: str
+    shuffle_seed: int | None
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.text_field, self.record_format, self.valid_fraction)
+
+
+@contextlib.contextmanager
+def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path]:
+    """The directory beside `target` where it is made; held by this run alone, and kept only if some work is done."""
+    partial = target.with_name(f"{target.name}.partial")
+    _check_free(target)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"output {str(target)!r} cannot be made ({error.strerror}); name another directory") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another run is writing {str(target)!r}; wait for it or name another output") from error
+        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise ValueError(f"another run has just written {str(target)!r}; name another output")
+        _check_free(target)
+        _check_settings(partial, target, settings)
+        (partial / "stages").mkdir(exist_ok=True)
+        try:
+            yield partial
+        except UnusableError:
+            shutil.rmtree(partial)
+            raise
+        finally:
+            stages = (Stage.open(path) for path in (partial / "stages").glob("*.stage"))
+            if partial.exists() and not any(any(stage.documents.values()) for stage in stages):
+                shutil.rmtree(partial)
+    finally:
+        os.close(handle)
+
+
+def _check_free(target: pathlib.Path) -> None:
+    if (target / MANIFEST).exists():
+        raise ValueError(f"output {str(target)!r} already holds a prepared corpus; remove it or name another directory")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"output {str(target)!r} exists and is not an empty directory; name another directory")
+
+
+def _check_settings(partial: pathlib.Path, target: pathlib.Path, settings: Settings) -> None:
+    path = partial / "settings.json"
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if path.exists():
+        before = json.loads(path.read_bytes())
+        changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise ValueError(
+                f"{str(partial)!r} holds an unfinished run with other settings ({'; '.join(changed)}); take the old "
+                f"settings to finish it, remove it to start anew, or name another output than {target.name!r}"
+            )
+    write_whole(path, json.dumps(now).encode())
