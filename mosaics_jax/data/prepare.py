@@ -29,7 +29,7 @@ from mosaics_jax.data.pool import Pool
 from mosaics_jax.data.shards import Layout, write_shard
 from mosaics_jax.data.stage import Reading, Stage, held_out, stage_name, token_type, write_stage
 from mosaics_jax.data.tables import RECORD_FORMATS
-from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from mosaics_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mosaics_jax.data.workplace import Settings, UnusableError, workplace
 
 # A worker holds some numbers for each document of a shard.
@@ -107,12 +107,19 @@ def prepare(
             command=_command(inputs, settings),
         )  # fmt: skip
         manifest.save()
-        shutil.rmtree(partial / "stages")
-        for leftover in [*partial.glob("*.json"), *partial.glob("*.partial")]:
-            if leftover.name != MANIFEST:
-                leftover.unlink()
+        _clear(manifest)
         os.rename(partial, target)
     return dataclasses.replace(manifest, directory=pathlib.Path(output))
+
+
+def _clear(manifest: Manifest) -> None:
+    """Removes what only the making needed, and shards of another layout that a stopped run had begun."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    kept = {MANIFEST, SKIPPED, manifest.tokenizer_directory.name}
+    kept |= {name for shard in shards for name in (shard.file, shard.checksums_file, shard.documents_file)}
+    for path in manifest.directory.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check(settings: Settings, skip_bad_records: int, workers: int) -> None:
@@ -129,19 +136,10 @@ def _check(settings: Settings, skip_bad_records: int, workers: int) -> None:
 
 
 def _tokenizer(partial: pathlib.Path, settings: Settings, units: list[list[Unit]]) -> Tokenizer:
-    """Makes the tokenizer, or takes the one that was trained before the run was stopped."""
-    folder = partial / "tokenizer"
-    if settings.tokenizer.startswith("bpe:") and folder.exists():
-        return load_tokenizer(folder)
+    """Makes the tokenizer, also when a run goes on: stages of another are not taken for its own."""
     made = make_tokenizer(settings.tokenizer, _training_texts(units, settings))
-    if folder.exists() and load_tokenizer(folder).fingerprint != made.fingerprint:
-        raise ValueError(
-            f"tokenizer {settings.tokenizer!r} has changed since {str(partial)!r} was begun; remove that directory"
-        )
-    draft = partial / f"tokenizer.{os.getpid()}.partial"
-    made.save(draft)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(draft, folder)
+    shutil.rmtree(partial / "tokenizer", ignore_errors=True)
+    made.save(partial / "tokenizer")
     return made
 
 
@@ -204,7 +202,7 @@ def _stage_task(
     tokenizer: Tokenizer, unit: Unit, folder: pathlib.Path, reading: Reading, most_broken: int, limit: int | None,
     progress: Callable[[int, int], None] = lambda tokens, size: None,
 ) -> Stage:  # fmt: skip
-    path = folder / stage_name(unit, limit)
+    path = folder / stage_name(unit, tokenizer, limit)
     if path.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # else it is broken, and made anew
             stage = Stage.open(path)

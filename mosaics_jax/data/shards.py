@@ -5,12 +5,14 @@ input. So every shard can be made by itself, by any worker, from the stage files
 corpus nor a list of its documents is ever in memory.
 """
 
+import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +21,8 @@ from mosaics_jax.data.permutation import permutation_key, permute
 from mosaics_jax.data.stage import Stage
 
 
-class Layout(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Layout:
     """All that decides the shards of one split."""
 
     split: str
@@ -28,7 +31,14 @@ class Layout(NamedTuple):
     seed: int | None  # None keeps the order of the input
     dtype: np.dtype
 
-    @property
+    @functools.cached_property
+    def identity(self) -> str:
+        """Changes when any shard does: it names the stage files, whose names change with their units."""
+        names = [pathlib.PurePath(stage.path).name for stage in self.stages]
+        parts = [self.split, self.shards, self.seed, self.dtype.name, names]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @functools.cached_property
     def documents(self) -> int:
         return sum(stage.documents[self.split] for stage in self.stages)
 
@@ -36,9 +46,14 @@ class Layout(NamedTuple):
 def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Callable[[int], None]) -> dict:
     """Makes one shard and the files beside it; the description of it is returned, and written last.
 
-    The description holds a histogram of document lengths by powers of two besides what `Shard` holds.
+    The description holds a histogram of document lengths by powers of two besides what `Shard` holds. Where one of the
+    same layout is there, the shard was made before.
     """
     name = f"{layout.split}-{number:05d}"
+    description = folder / f"{name}.json"
+    if description.exists() and (made := json.loads(description.read_bytes())).pop("layout") == layout.identity:
+        progress(made["tokens"])
+        return made
     draft = folder / f"{name}.{os.getpid()}.partial"
     try:
         with draft.open("w+b") as stream:
@@ -57,7 +72,7 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
     powers = np.array([1 << (int(length) - 1).bit_length() for length in lengths])
     values, counts = np.unique(powers, return_counts=True)
     made = vars(shard) | {"lengths": {str(v): int(c) for v, c in zip(values, counts, strict=True)}}
-    write_whole(folder / f"{name}.json", json.dumps(made).encode())
+    write_whole(description, json.dumps(made | {"layout": layout.identity}).encode())
     return made
 
 

@@ -5,7 +5,8 @@
     counts of its pairs of bytes, for each split             uint16 pairs, uint64 counts
     a JSON footer with sizes and counts, and its length      uint64
 
-The name of the file holds the unit's identity and the limit, so that what was done of an unchanged file is found again.
+The name of the file holds the unit's identity, the tokenizer's and the limit, so that what was done of an unchanged
+file is found again.
 """
 
 import dataclasses
@@ -79,8 +80,8 @@ class Stage:
         return np.frombuffer(content[: 2 * count], "<u2"), np.frombuffer(content[2 * count :], "<u8")
 
 
-def stage_name(unit: Unit, limit: int | None) -> str:
-    return f"{unit.identity}-{limit or 'all'}.stage"
+def stage_name(unit: Unit, tokenizer: Tokenizer, limit: int | None) -> str:
+    return f"{unit.identity}-{tokenizer.fingerprint[:16]}-{limit or 'all'}.stage"
 
 
 def held_out(utf8: bytes, valid_fraction: float) -> bool:
@@ -104,7 +105,7 @@ def write_stage(
       limit: stop after the document that brings the unit's text to so many bytes.
       progress: called with tokens written and bytes of the unit read since the last call.
     """
-    target = folder / stage_name(unit, limit)
+    target = folder / stage_name(unit, tokenizer, limit)
     draft = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         with draft.open("wb", buffering=1 << 20) as stream:

@@ -16,7 +16,7 @@ import time
 import pytest
 
 from mosaics_jax.data import prepare as prepare_lib
-from mosaics_jax.data import stage
+from mosaics_jax.data import shards, stage
 from mosaics_jax.data.check import problems
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.packing import plan_rows
@@ -75,17 +75,28 @@ def test_a_run_that_is_stopped_redoes_nothing_that_was_done(folder, tmp_path, mo
 
         return task
 
+    real_stage, real_copy = prepare_lib.write_stage, shards._copy_documents
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_lib, "write_stage", stopping(prepare_lib.write_stage))
-        patch.setattr(prepare_lib, "write_shard", stopping(prepare_lib.write_shard))
+        patch.setattr(prepare_lib, "write_stage", stopping(real_stage))
+        patch.setattr(shards, "_copy_documents", stopping(real_copy))
         with pytest.raises(Killed):
             run(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    redone = []
-    real = prepare_lib.write_stage
-    monkeypatch.setattr(prepare_lib, "write_stage", lambda *a: (redone.append(a[0]), real(*a))[1])
-    run(folder, tmp_path / "out")
-    assert len(redone) == max(0, FILES - kill_at)
+    redone = {"stages": 0, "shards": 0}
+
+    def counting(kind, real):
+        def task(*arguments, **rest):
+            redone[kind] += 1
+            return real(*arguments, **rest)
+
+        return task
+
+    monkeypatch.setattr(prepare_lib, "write_stage", counting("stages", real_stage))
+    monkeypatch.setattr(shards, "_copy_documents", counting("shards", real_copy))
+    made = run(folder, tmp_path / "out")
+    count = sum(len(split.shards) for split in made.splits.values())
+    assert count > 4
+    assert redone == {"stages": max(0, FILES - kill_at), "shards": min(count, count - kill_at + FILES)}
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -112,9 +123,11 @@ def test_killed_again_and_again(folder, tmp_path):
     draw = random.Random(1)
     partial = tmp_path / "out.partial"
     # at once, and when so many units or some shards are done; then a little later
-    for reached in ("*", "stages/*.stage", "stages/*[0-7]-all.stage", "train-*.tokens", "train-*.json"):
+    for reached, count in (
+        ("*", 1), ("stages/*.stage", 1), ("stages/*.stage", FILES // 2), ("train-*.tokens", 1), ("train-*.json", 3),
+    ):  # fmt: skip
         running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-        while not list(partial.glob(reached)) and running.poll() is None:
+        while len(list(partial.glob(reached))) < count and running.poll() is None:
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.1))
         if running.poll() is None:
@@ -151,6 +164,26 @@ def test_memory_does_not_grow_with_the_input(tmp_path, name):
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True)
     assert int(done.stdout.split()[-1]) < 500_000  # KB
+
+
+def test_shards_of_another_layout_do_not_stay(folder, tmp_path, monkeypatch):
+    """Stopped before its last shard, and then given a smaller input."""
+    real = shards._copy_documents
+
+    def stopping(layout, number, *rest):
+        if layout.split == "valid":
+            raise KeyboardInterrupt
+        return real(layout, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_copy_documents", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "out")
+    for number in range(5, FILES):
+        (folder / f"{number:02d}.jsonl").unlink()
+    run(folder, tmp_path / "out")
+    run(folder, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_broken_stage_is_made_anew(folder, tmp_path):
