@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -74,7 +75,8 @@ class Pool:
         try:
             while True:
                 while len(waiting) < 4 * self._workers and (one := next(rest, None)) is not None:
-                    waiting.append(self._executor.submit(_run, task, one))
+                    with _interrupts_wait():
+                        waiting.append(self._executor.submit(_run, task, one))
                 if not waiting:
                     break
                 while not (done := concurrent.futures.wait([waiting[0]], _EVERY_SECONDS).done):
@@ -112,9 +114,20 @@ class Pool:
         self._executor = None
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """A process that is started meanwhile hears no Ctrl-C before it ignores it; this one hears it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(tokenizer: pathlib.Path, counters: Any, shared: Any) -> None:
     """In a new process. It ends with the one that made it, and leaves Ctrl-C to that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
