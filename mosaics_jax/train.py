@@ -65,10 +65,12 @@ def _open_workdir(
 ) -> tuple[checkpoint.Checkpoints, checkpoint.RunRecord]:
     """Makes the workdir, or checks that the run it holds is this one; its record, with all changes of its data."""
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
-    if (workdir / "config.json").exists():
-        saved = checkpoint.read_run_record(workdir)
+    saved = checkpoint.read_run_record(workdir) if (workdir / "config.json").exists() else None
+    if saved:
         checkpoint.check_same_run(saved, record, str(workdir), accept_new_data)
+    # After the check: opening it removes what saves that were killed have left, and the run may be another's.
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint)
+    if saved:
         changes = list(saved.data_changes)
         if differing := checkpoint.data_differences(saved, record):
             changes.append({"step": checkpoints.latest() or 0, "changes": differing})

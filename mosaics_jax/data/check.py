@@ -3,12 +3,13 @@
 import itertools
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
 from mosaics_jax.data.corpora import PACKINGS
-from mosaics_jax.data.corpus import AGAIN, Manifest, Shard, Split, checksums
+from mosaics_jax.data.corpus import AGAIN, SKIPPED, Manifest, Shard, Split, checksums, length_counts
 from mosaics_jax.data.packing import BestFitRows
 from mosaics_jax.data.source import fields
 from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +30,7 @@ def problems(manifest: Manifest) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     for name, split in manifest.splits.items():
-        lengths: dict[int, int] = {}
+        lengths: Counter[int] = Counter()
         whole = True
         for shard in split.shards:
             found = list(_shard_problems(manifest, shard, lengths))
@@ -41,7 +42,7 @@ def problems(manifest: Manifest) -> Iterator[str]:
         yield from _plan_problems(manifest, folder)
 
 
-def _shard_problems(manifest: Manifest, shard: Shard, lengths: dict[int, int]) -> Iterator[str]:
+def _shard_problems(manifest: Manifest, shard: Shard, lengths: Counter[int]) -> Iterator[str]:
     path = manifest.directory / shard.file
     try:
         with path.open("rb") as stream:
@@ -65,9 +66,7 @@ def _shard_problems(manifest: Manifest, shard: Shard, lengths: dict[int, int]) -
         return
     if len(ends):
         yield from _content_problems(manifest, path, ends, ends - sizes)
-    powers = 1 << np.ceil(np.log2(sizes)).astype(np.int64)
-    for power, count in zip(*np.unique(powers, return_counts=True), strict=True):
-        lengths[int(power)] = lengths.get(int(power), 0) + int(count)
+    lengths.update(length_counts(sizes))
 
 
 def _content_problems(manifest: Manifest, path: pathlib.Path, ends: np.ndarray, starts: np.ndarray) -> Iterator[str]:
@@ -166,7 +165,7 @@ def _shortened(tokenizer: Tokenizer, ids: np.ndarray) -> str:
 
 def skipped_records(manifest: Manifest) -> list[str]:
     """A line for each record that was left out."""
-    path = manifest.directory / "skipped.jsonl"
+    path = manifest.directory / SKIPPED
     if not path.exists():
         return []
     records = map(json.loads, path.read_text(encoding="utf-8").splitlines())

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -172,6 +173,11 @@ def checksums(stream: BinaryIO) -> tuple[bytes, str]:
         for start in range(0, len(piece), BLOCK):
             blocks += zlib.crc32(view[start : start + BLOCK]).to_bytes(4, "little")
     return bytes(blocks), whole.hexdigest()
+
+
+def length_counts(lengths: np.ndarray) -> Counter[int]:
+    """`Split.document_lengths` of documents of these lengths in tokens."""
+    return Counter(1 << (length - 1).bit_length() for length in lengths.tolist())
 
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mosaics_jax.data.corpus import AGAIN, Manifest, Shard, write_whole
-from mosaics_jax.data.source import Tokens, _check_context, _check_size
+from mosaics_jax.data.source import Tokens, check_context, check_size
 
 _FORMAT = "mosaics_jax packing 1"
 
@@ -78,7 +78,7 @@ def plan_rows(manifest: Manifest, context: int) -> dict[str, float]:
 
     The plan is whole or absent: its description is written last.
     """
-    _check_context(context)
+    check_context(context)
     plan_folder(manifest, context).mkdir(exist_ok=True)
     rows = {
         name: [plan_shard(manifest, shard, context) for shard in split.shards]
@@ -101,7 +101,7 @@ class BestFitRows:
 
     def __init__(self, manifest: Manifest, split: str, context: int):
         """ValueError if there is no plan for this context, or it is of another corpus, or damaged."""
-        _check_context(context)
+        check_context(context)
         self.context = context
         self._tokens = Tokens(manifest, split)
         self._end = manifest.end
@@ -123,7 +123,7 @@ class BestFitRows:
         self._rows = [0, *itertools.accumulate(body["rows"][split])]
         self._shard_starts = [0, *itertools.accumulate(shard.tokens for shard in shards)]
         for name, count in zip(self._names, body["rows"][split], strict=True):
-            _check_size(f"{name}.rows", 8 * (count + 1))
+            check_size(f"{name}.rows", 8 * (count + 1))
 
     def __len__(self) -> int:
         return self._rows[-1]

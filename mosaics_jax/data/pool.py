@@ -12,18 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mosaics_jax.data.tokenizer import load_tokenizer
 
 Report = Callable[[int, int], None]
 _EVERY_SECONDS = 0.5
 
 
 class _Worker:
-    """What one process knows: the tokenizer, the counters of all processes, and what was shared."""
+    """What one process knows: the counters of all processes, and what its tasks get first."""
 
-    tokenizer: Tokenizer
     counters: Any
-    shared: Any = None
+    held: Any
 
 
 class _StoppedError(Exception):
@@ -132,9 +131,7 @@ def _begin(tokenizer: pathlib.Path, counters: Any, shared: Any) -> None:
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _Worker.counters = counters
-    _Worker.shared = shared
-    if shared is None:
-        _Worker.tokenizer = load_tokenizer(tokenizer)
+    _Worker.held = load_tokenizer(tokenizer) if shared is None else shared
 
 
 def _end_with(parent: Any) -> None:
@@ -160,7 +157,6 @@ def _run(task: Callable[..., Any], arguments: tuple) -> Any:
         if max(unsent) > 1 << 18:
             send()
 
-    held = _Worker.shared if _Worker.shared is not None else _Worker.tokenizer
-    result = task(held, *arguments, progress=progress)
+    result = task(_Worker.held, *arguments, progress=progress)
     send()
     return result

@@ -9,7 +9,6 @@ and a killed run goes on from what is done:
 All of it happens in `OUTPUT.partial`, which becomes `OUTPUT` by one rename: a prepared corpus is whole or not there.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,6 +16,7 @@ import os
 import pathlib
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -202,12 +202,9 @@ def _stage_task(
     tokenizer: Tokenizer, unit: Unit, folder: pathlib.Path, reading: Reading, most_broken: int, limit: int | None,
     progress: Callable[[int, int], None] = lambda tokens, size: None,
 ) -> Stage:  # fmt: skip
-    path = folder / stage_name(unit, tokenizer, limit)
-    if path.exists():
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):  # else it is broken, and made anew
-            stage = Stage.open(path)
-            progress(0, unit.size)
-            return stage
+    if stage := Stage.find(folder / stage_name(unit, tokenizer, limit)):
+        progress(0, unit.size)
+        return stage
     return write_stage(unit, folder, tokenizer, reading, most_broken, limit, progress)
 
 
@@ -228,10 +225,9 @@ def _splits(
         pool.share(layout)
         tasks = [(number, folder) for number in range(count)]
         described = list(pool.map(_shard_task, tasks, report))
-        lengths: dict[int, int] = {}
+        lengths: Counter[int] = Counter()
         for one in described:
-            for power, number in one.pop("lengths").items():
-                lengths[int(power)] = lengths.get(int(power), 0) + number
+            lengths.update({int(power): number for power, number in one.pop("lengths").items()})
         splits[name] = Split(
             documents=documents,
             tokens=tokens,
@@ -274,7 +270,7 @@ def _skipped(stages: list[Stage], folder: pathlib.Path) -> dict[str, int]:
 
 def _command(inputs: Sequence[str], settings: Settings) -> str:
     """The command line that gives this corpus: what differs from the defaults."""
-    defaults = Settings("bytes", 0.02, 2**27, None, "text", "text", 0)
+    defaults = Settings()
     words = ["python", "-m", "launch.prepare", *(f"--input={name}" for name in inputs), "--output=DIR"]
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)

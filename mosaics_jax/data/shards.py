@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mosaics_jax.data.corpus import Shard, cannot_write, checksums, write_whole
+from mosaics_jax.data.corpus import Shard, cannot_write, checksums, length_counts, write_whole
 from mosaics_jax.data.permutation import permutation_key, permute
 from mosaics_jax.data.stage import Stage
 
@@ -39,8 +39,9 @@ class Layout:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @functools.cached_property
-    def documents(self) -> int:
-        return sum(stage.documents[self.split] for stage in self.stages)
+    def begins(self) -> np.ndarray:
+        """Documents before each stage, and of all of them at the end."""
+        return np.cumsum([0] + [stage.documents[self.split] for stage in self.stages])
 
 
 def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Callable[[int], None]) -> dict:
@@ -69,21 +70,19 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
     shard = Shard(f"{name}.tokens", int(lengths.sum()), len(lengths), sha256)
     write_whole(folder / shard.checksums_file, blocks)
     write_whole(folder / shard.documents_file, np.cumsum(lengths).astype("<u8").tobytes())
-    powers = np.array([1 << (int(length) - 1).bit_length() for length in lengths])
-    values, counts = np.unique(powers, return_counts=True)
-    made = vars(shard) | {"lengths": {str(v): int(c) for v, c in zip(values, counts, strict=True)}}
+    made = vars(shard) | {"lengths": {str(power): count for power, count in length_counts(lengths).items()}}
     write_whole(description, json.dumps(made | {"layout": layout.identity}).encode())
     return made
 
 
 def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[int], None]) -> np.ndarray:
     """Writes the shard's documents to the file `out`; returns their lengths in tokens, in order."""
-    total = layout.documents
+    begins = layout.begins
+    total = int(begins[-1])
     first, last = total * number // layout.shards, total * (number + 1) // layout.shards
     order = np.arange(first, last)
     if layout.seed is not None:
         order = permute(order, total, permutation_key("documents", layout.seed, layout.split))
-    begins = np.cumsum([0] + [stage.documents[layout.split] for stage in layout.stages])
     by_input = np.argsort(order)  # each stage file is read once, forwards
     stage_of = np.searchsorted(begins, order[by_input], side="right") - 1
     edges = np.flatnonzero(np.diff(stage_of, prepend=-1, append=-1))

@@ -56,8 +56,8 @@ class Tokens:
         self._sums = [os.path.join(manifest.directory, shard.checksums_file) for shard in described.shards]
         for shard, path, sums in zip(described.shards, self._paths, self._sums, strict=True):
             size = shard.tokens * self._type.itemsize
-            _check_size(path, size)
-            _check_size(sums, -(-size // BLOCK) * 4)
+            check_size(path, size)
+            check_size(sums, -(-size // BLOCK) * 4)
         self._reset_handles()
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class Tokens:
         self._reset_handles()
 
 
-def _check_size(path: str, expected: int) -> None:
+def check_size(path: str, expected: int) -> None:
     if not os.path.isfile(path):
         raise ValueError(f"shard {path!r} is missing, {expected} bytes expected; {AGAIN}")
     if (found := os.path.getsize(path)) != expected:
@@ -180,7 +180,7 @@ class ConcatRows:
 
     def __init__(self, manifest: Manifest, split: str, context: int):
         """ValueError if the split has no whole row, or is damaged."""
-        _check_context(context)
+        check_context(context)
         self.context = context
         self._tokens = Tokens(manifest, split)
         self._length = (len(self._tokens) - 1) // context
@@ -199,7 +199,7 @@ class ConcatRows:
         return row_of_window(self._tokens.read(int(index) * self.context, self.context + 1), self._tokens.begin)
 
 
-def _check_context(context: int) -> None:
+def check_context(context: int) -> None:
     if context < 1:
         raise ValueError(f"context is {context}; legal: an integer of 1 or more")
 

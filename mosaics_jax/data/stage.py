@@ -9,6 +9,7 @@ The name of the file holds the unit's identity, the tokenizer's and the limit, s
 file is found again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -43,7 +44,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What is known of a finished stage file. `rows` are the documents of each split: where they begin in the file."""
+    """What is known of a finished stage file: counts of each split, and where in the file its tables begin."""
 
     path: str
     bytes: dict[str, int]
@@ -65,6 +66,13 @@ class Stage:
         if body.pop("magic") != _MAGIC:
             raise ValueError(f"{str(path)!r} was made by another version; remove its folder")
         return cls(path=str(path), **body)
+
+    @classmethod
+    def find(cls, path: pathlib.Path) -> "Stage | None":
+        """The stage at `path`, or None where it is absent or broken, and must be made."""
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+            return cls.open(path)
+        return None
 
     def documents_of(self, split: str) -> np.ndarray:
         """Beginning and length, in tokens, of each document of `split`: [N, 2] uint64, read as they are asked for."""

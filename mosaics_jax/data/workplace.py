@@ -21,13 +21,13 @@ class UnusableError(ValueError):
 class Settings:
     """All that decides the result, besides the input."""
 
-    tokenizer: str
-    valid_fraction: float
-    shard_tokens: int
-    max_bytes: int | None
-    text_field: str
-    record_format: str
-    shuffle_seed: int | None
+    tokenizer: str = "bytes"
+    valid_fraction: float = 0.02
+    shard_tokens: int = 2**27
+    max_bytes: int | None = None
+    text_field: str = "text"
+    record_format: str = "text"
+    shuffle_seed: int | None = 0
 
     @property
     def reading(self) -> Reading:
@@ -60,8 +60,8 @@ def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path
             shutil.rmtree(partial)
             raise
         finally:
-            stages = (Stage.open(path) for path in (partial / "stages").glob("*.stage"))
-            if partial.exists() and not any(any(stage.documents.values()) for stage in stages):
+            stages = map(Stage.find, (partial / "stages").glob("*.stage"))
+            if partial.exists() and not any(stage and any(stage.documents.values()) for stage in stages):
                 shutil.rmtree(partial)
     finally:
         os.close(handle)
