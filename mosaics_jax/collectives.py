@@ -100,6 +100,13 @@ def leave(x_BTD: jax.Array) -> jax.Array:
     return checkpoint_name(_leave(x_BTD), "summed")  # backward need not ask the other devices again
 
 
+def whole_vocabulary(logits_BTV: jax.Array) -> jax.Array:
+    """Logits of all ids, where each device has those of its part. For decoding: it is not differentiated."""
+    if size(dims.TENSOR) == 1:
+        return logits_BTV
+    return lax.all_gather(logits_BTV, dims.TENSOR, axis=-1, tiled=True)
+
+
 @jax.custom_vjp
 def _enter(x_BTD: jax.Array) -> jax.Array:
     return x_BTD

@@ -4,7 +4,6 @@ Prompts of a batch are aligned at their ends: a row's padding lies before it, as
 is ever read. Afterwards every cache counts from its own prompt's first token.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mosaics_jax import collectives
+from mosaics_jax.config import ModelConfig
 from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.nn.memory import Context
 from mosaics_jax.nn.model import LanguageModel, from_values, to_values
@@ -102,27 +103,37 @@ def generate(
             f"the tokenizer has {tokenizer.vocabulary} ids, the model knows {model.config.vocabulary}: "
             "they are not of the same run"
         )
-    rows = [[tokenizer.begin, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    rows = [np.array([tokenizer.begin, *tokenizer.encode(prompt)], np.int32) for prompt in prompts]
     # Lengths are rounded up, so that prompts of about one length share a compiled program.
-    time = -(-max(map(len, rows)) // 32) * 32
-    tokens_BT = np.array([[0] * (time - len(row)) + row for row in rows], np.int32)
-    length_B = np.array([len(row) for row in rows], np.int32)
+    tokens_BT, length_B = align_ends(rows, -(-max(map(len, rows)) // 32) * 32)
     new_BN = _continue(
         model.config, Sampling(temperature, top_k, top_p), max_new_tokens, tokenizer.end,
         to_values(model), tokens_BT, length_B, jax.random.key(seed),
     )  # fmt: skip
-    texts = []
-    for row in np.asarray(new_BN).tolist():
-        texts.append(tokenizer.decode(row[: row.index(tokenizer.end)] if tokenizer.end in row else row))
-    return texts
+    return [text_until_end(tokenizer, row) for row in np.asarray(new_BN)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _continue(
-    config: Any, how: Sampling, count: int, end: int, values: Any, tokens_BT: jax.Array, length_B: jax.Array,
+def align_ends(rows: Sequence[np.ndarray], time: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens_BT and length_B of prompts as `prefill` reads them: each at the end of its row of `time` positions."""
+    tokens_BT = np.zeros((len(rows), time), np.int32)
+    for row_T, prompt in zip(tokens_BT, rows, strict=True):
+        row_T[time - len(prompt) :] = prompt
+    return tokens_BT, np.array([len(prompt) for prompt in rows], np.int32)
+
+
+def text_until_end(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """The text of generated ids up to the first end of text."""
+    return tokenizer.decode(ids[: int((ids == tokenizer.end).argmax())] if tokenizer.end in ids else ids)
+
+
+def continue_rows(
+    config: ModelConfig, how: Sampling, count: int, end: int, values: Any, tokens_BT: jax.Array, length_B: jax.Array,
     key: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """new_BN: the N = `count` tokens after each prompt; `end` fills what follows a row's end."""
+    """new_BN: the N = `count` tokens after each prompt; `end` fills what follows a row's end.
+
+    Rows are as of `prefill`. On a mesh every device continues its own rows, for as many tokens as the longest needs.
+    """
     model = from_values(config, values)
     batch, time = tokens_BT.shape
 
@@ -131,7 +142,7 @@ def _continue(
 
     def more(carry: tuple[Any, ...]) -> jax.Array:
         index, _, done_B, _, _ = carry
-        return (index < count) & ~done_B.all()
+        return (index < count) & (collectives.total((~done_B).sum(), *collectives.BATCH_AXES) > 0)
 
     def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, new_BN, done_B, logits_BV, caches = carry
@@ -143,3 +154,35 @@ def _continue(
     logits_BV, caches = prefill(model, tokens_BT, length_B, time + count)
     start = (jnp.int32(0), jnp.full((batch, count), end, jnp.int32), jnp.zeros(batch, bool), logits_BV, caches)
     return lax.while_loop(more, one, start)[1]
+
+
+_continue = jax.jit(continue_rows, static_argnums=(0, 1, 2, 3))
+
+
+def rank_rows(
+    config: ModelConfig, values: Any, tokens_BT: jax.Array, length_B: jax.Array, options_NC: jax.Array,
+    option_length_N: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """score_BN = log p(option n | prompt b), the sum over the option's tokens, in nats.
+
+    Prompts are read once; each option goes on from their caches. Rows are as of `prefill`; option n is the first
+    `option_length_N[n]` >= 1 of its C tokens.
+    """
+    model = from_values(config, values)
+    batch, time = tokens_BT.shape
+    after_prompt_BV, after_prompt = prefill(model, tokens_BT, length_B, time + options_NC.shape[1])
+
+    def score(option: tuple[jax.Array, jax.Array]) -> jax.Array:
+        option_C, length = option
+
+        def one(carry: tuple[Any, ...], place: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, ...], None]:
+            score_B, logits_BV, caches = carry
+            index, token = place
+            log_p_B = jax.nn.log_softmax(logits_BV)[:, token]
+            logits_BV, caches = decode(model, jnp.full(batch, token), caches, length_B + index)
+            return (score_B + jnp.where(index < length, log_p_B, 0), logits_BV, caches), None
+
+        start = (jnp.zeros(batch), after_prompt_BV, after_prompt)
+        return lax.scan(one, start, (jnp.arange(option_C.size), option_C))[0][0]
+
+    return lax.map(score, (options_NC, option_length_N)).T

@@ -1,6 +1,7 @@
 """The next-token loss, in chunks of tokens: B x T x vocabulary logits are never held."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ def next_token_loss(
     return _loss(chunk, x_BTD, classifier_DV, targets_BT, weight_BT)
 
 
-def _chunks(chunk: int, x_BTD: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Time cut into N chunks of C positions: [N, B, C, ...]; the padding weighs 0."""
-    batch, time, _ = x_BTD.shape
+def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Time cut into N chunks of C positions: [N, B, C, ...]; the padding is 0."""
+    batch, time = arrays_BT[0].shape[:2]
     size = min(time, max(1, chunk // batch))
     padding = -time % size
 
@@ -38,13 +39,19 @@ def _chunks(chunk: int, x_BTD: jax.Array, targets_BT: jax.Array, weight_BT: jax.
         array_BTX = jnp.pad(array_BTX, [(0, 0), (0, padding)] + [(0, 0)] * (array_BTX.ndim - 2))
         return array_BTX.reshape(batch, (time + padding) // size, size, *array_BTX.shape[2:]).swapaxes(0, 1)
 
-    return cut(x_BTD), cut(targets_BT), cut(weight_BT)
+    return tuple(map(cut, arrays_BT))
 
 
-def _chunk_loss(
-    x_BCD: jax.Array, classifier_DV: jax.Array, targets_BC: jax.Array, weight_BC: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The chunk's weighted loss, its logits_BCV and their log-sum-exp."""
+class _Scores(NamedTuple):
+    """The logits of a chunk, whole only along this device's part of the vocabulary, and what is known of all of it."""
+
+    logits_BCV: jax.Array
+    log_total_BC: jax.Array
+    target_logit_BC: jax.Array
+    top_BC: jax.Array
+
+
+def _chunk_scores(x_BCD: jax.Array, classifier_DV: jax.Array, targets_BC: jax.Array) -> _Scores:
     logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, classifier_DV, preferred_element_type=jnp.float32)
     top_BC1 = greatest(logits_BCV.max(axis=-1, keepdims=True), dims.TENSOR)
     own_target_BC = _own_target(targets_BC, classifier_DV)
@@ -52,9 +59,38 @@ def _chunk_loss(
     target_is_here_BC = (own_target_BC >= 0) & (own_target_BC < classifier_DV.shape[1])
     sums = jnp.exp(logits_BCV - top_BC1).sum(axis=-1), jnp.where(target_is_here_BC, target_logit_BC, 0)
     exp_sum_BC, target_logit_BC = total(sums, dims.TENSOR)
-    log_total_BC = jnp.log(exp_sum_BC) + top_BC1[..., 0]
-    loss_BC = jnp.where(weight_BC == 0, 0, log_total_BC - target_logit_BC)  # padding's target may be any number
-    return jnp.sum(weight_BC * loss_BC), logits_BCV, log_total_BC
+    top_BC = top_BC1[..., 0]
+    return _Scores(logits_BCV, jnp.log(exp_sum_BC) + top_BC, target_logit_BC, top_BC)
+
+
+def _chunk_loss(
+    x_BCD: jax.Array, classifier_DV: jax.Array, targets_BC: jax.Array, weight_BC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The chunk's weighted loss, its logits_BCV and their log-sum-exp."""
+    scores = _chunk_scores(x_BCD, classifier_DV, targets_BC)
+    # Padding's target may be any number.
+    loss_BC = jnp.where(weight_BC == 0, 0, scores.log_total_BC - scores.target_logit_BC)
+    return jnp.sum(weight_BC * loss_BC), scores.logits_BCV, scores.log_total_BC
+
+
+def token_losses(
+    x_BTD: jax.Array, classifier_DV: jax.Array, targets_BT: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """loss_BT = -log softmax(x W)[target] in nats and float32, and whether no other token is likelier.
+
+    For evaluation: it is not differentiated. Arguments as of `next_token_loss`.
+    """
+    low_DV = gathered(classifier_DV, 0, x_BTD.dtype)
+
+    def one(_: None, part: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        x_BCD, targets_BC = part
+        scores = _chunk_scores(x_BCD, low_DV, targets_BC)
+        return None, (scores.log_total_BC - scores.target_logit_BC, scores.target_logit_BC >= scores.top_BC)
+
+    batch, time = targets_BT.shape
+    _, found_NBC = lax.scan(one, None, _chunks(chunk, x_BTD, targets_BT))
+    loss_BT, likeliest_BT = (array.swapaxes(0, 1).reshape(batch, -1)[:, :time] for array in found_NBC)
+    return loss_BT, likeliest_BT
 
 
 def _own_target(targets: jax.Array, classifier_DV: jax.Array) -> jax.Array:

@@ -163,6 +163,24 @@ def _check(manifest: Manifest) -> None:
                 raise ValueError(f"shard {shard.file!r} has {shard.tokens} tokens in {shard.documents} documents")
 
 
+def shard_document_ends(manifest: Manifest, shard: Shard) -> np.ndarray:
+    """Where each document of a shard ends, in tokens from its beginning. ValueError if the file is not the shard's."""
+    path = manifest.directory / shard.documents_file
+    ends = np.fromfile(path, "<u8").astype(np.int64)
+    if len(ends) != shard.documents or (len(ends) and ends[-1] != shard.tokens):
+        raise ValueError(f"{str(path)!r} does not match its shard; {AGAIN}")
+    return ends
+
+
+def document_ends(manifest: Manifest, split: str) -> np.ndarray:
+    """Where each document of a split ends, in tokens from the split's beginning."""
+    parts, before = [np.zeros(0, np.int64)], 0
+    for shard in manifest.split(split).shards:
+        parts.append(before + shard_document_ends(manifest, shard))
+        before += shard.tokens
+    return np.concatenate(parts)
+
+
 def checksums(stream: BinaryIO) -> tuple[bytes, str]:
     """CRC-32 of every block of a shard, as its .crc32 file holds them, and the sha256 of the whole."""
     whole = hashlib.sha256()

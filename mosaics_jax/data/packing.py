@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mosaics_jax.data.corpus import AGAIN, Manifest, Shard, write_whole
+from mosaics_jax.data.corpus import Manifest, Shard, shard_document_ends, write_whole
 from mosaics_jax.data.source import Tokens, check_context, check_size
 
 _FORMAT = "mosaics_jax packing 1"
@@ -54,9 +54,7 @@ def plan_shard(manifest: Manifest, shard: Shard, context: int) -> int:
 
     Both are uint64, counted in pieces, and in tokens from the shard's beginning. Returns the number of rows.
     """
-    ends = np.fromfile(manifest.directory / shard.documents_file, "<u8").astype(np.int64)
-    if len(ends) != shard.documents or (len(ends) and ends[-1] != shard.tokens):
-        raise ValueError(f"{str(manifest.directory / shard.documents_file)!r} does not match its shard; {AGAIN}")
+    ends = shard_document_ends(manifest, shard)
     # A document's end token is predicted and nothing is predicted from it, so it takes no place.
     sizes = np.diff(ends, prepend=0) - 1
     counts = -(-sizes // context)

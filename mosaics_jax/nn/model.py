@@ -152,8 +152,9 @@ class LanguageModel(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """logits_BTV in float32."""
-        classifier_DV = self.classifier[...].astype(x_BTD.dtype)
-        return jnp.einsum("BTD,DV->BTV", x_BTD, classifier_DV, preferred_element_type=jnp.float32)
+        classifier_DV = layers.weight(self.classifier[...], _EMBEDDING[::-1], x_BTD.dtype)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, classifier_DV, preferred_element_type=jnp.float32)
+        return collectives.whole_vocabulary(logits_BTV)
 
     def remove_long_term(self) -> "LanguageModel":
         """The same model without its long-term memories: their weights, and their slice of every W_o, are gone."""

@@ -1,0 +1,67 @@
+"""Evaluates the newest checkpoint of a run: tables, figures and their data under WORKDIR/evaluations/<step>/.
+
+python -m launch.evaluate --workdir=runs/tiny --suite=perplexity,needle --lengths=512,1024
+"""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+from absl import flags
+
+from launch import command
+from mosaics_jax.evaluate.settings import Settings
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_COMPARE = flags.DEFINE_string("compare", "", "another workdir, whose newest evaluation is drawn into the same figures")
+_WITHOUT = flags.DEFINE_bool("without_long_term", False, "remove the long-term memory first")
+_DELAY = flags.DEFINE_integer("delay", None, "m of the long-term memory; default: model.delay_min of the run")
+_FSDP = flags.DEFINE_integer("fsdp", 1, "shards of the weights' model width; the devices left over are replicas")
+_TENSOR = flags.DEFINE_integer("tensor", 1, "shards of heads, feed-forward width and vocabulary")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 131072, "tokens of a prompt and its answer; a longer one is an error")
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 65536, "positions of a batch, which is as many rows as that holds")
+
+
+def _define(field: dataclasses.Field) -> Any:
+    """The flag of a field of Settings, by the same name."""
+    default: Any = field.default
+    kinds: dict[Any, Any] = {int: flags.DEFINE_integer, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
+    if field.type in kinds:
+        return kinds[field.type](field.name, default, field.metadata["doc"])
+    return flags.DEFINE_list(field.name, list(map(str, default)), field.metadata["doc"])
+
+
+_SETTINGS = {field.name: (field, _define(field)) for field in dataclasses.fields(Settings)}
+
+
+def _value(field: dataclasses.Field, value: Any) -> Any:
+    if field.type != tuple[int, ...]:
+        return tuple(value) if isinstance(value, list) else value
+    if bad := [part for part in value if not part.strip().isdecimal()]:
+        raise ValueError(f"--{field.name} has {bad[0]!r}; legal: integers, separated by commas")
+    return tuple(map(int, value))
+
+
+def main() -> None:
+    if not _WORKDIR.value:
+        raise ValueError("--workdir is not set; legal: the directory of a run of launch.train")
+    settings = Settings(**{name: _value(field, flag.value) for name, (field, flag) in _SETTINGS.items()})
+    from mosaics_jax.evaluate import run  # after the flags: a typo is answered before JAX loads
+    from mosaics_jax.evaluate.model import RunModel
+    from mosaics_jax.processes import connect
+
+    connect(None, wait=300, heartbeat=100)
+    model = RunModel(
+        _WORKDIR.value, run.mesh(_FSDP.value, _TENSOR.value), delay=_DELAY.value, long_term=not _WITHOUT.value,
+        max_length=_MAX_LENGTH.value, batch_tokens=_BATCH_TOKENS.value,
+    )  # fmt: skip
+    typed = f"python -m launch.evaluate {shlex.join(sys.argv[1:])}"
+    variant = run.variant_name(_DELAY.value, not _WITHOUT.value)
+    for text in run.evaluate(model, pathlib.Path(_WORKDIR.value), settings, variant, typed, _COMPARE.value):
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main)

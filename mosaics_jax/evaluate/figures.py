@@ -1,0 +1,66 @@
+"""Draws a figure from its data, alone or beside another model's of the same name."""
+
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from mosaics_jax.data.corpus import write_whole
+
+_COLOURS = ("#1f5aa6", "#c8442f", "#3d8b4f", "#8a5aa8", "#b8862b", "#4a9aa5", "#7d7d7d", "#d07aa2")
+
+
+def draw(data: Mapping[str, Any], path: pathlib.Path, other: Mapping[str, Any] | None = None) -> None:
+    """Writes a PNG. `other` is the same figure of another model: its curves are dashed, its map stands to the right."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    both = [data] if other is None else [data, other]
+    if data["kind"] == "lines":
+        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        _draw_lines(axes, both)
+    else:
+        figure, panels = plt.subplots(1, len(both), figsize=(6.4 * len(both), 3.6), layout="constrained", squeeze=False)
+        for axes, one in zip(panels[0], both, strict=True):
+            _draw_heatmap(figure, axes, one)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    write_whole(path, buffer.getvalue())
+
+
+def _draw_lines(axes: Any, both: list[Mapping[str, Any]]) -> None:
+    for number, data in enumerate(both):
+        for place, series in enumerate(data["series"]):
+            name = f"{series['label']} ({data['model']})" if "model" in data else series["label"]
+            axes.errorbar(
+                series["x"], series["y"], series.get("error"), label=name, color=_COLOURS[place % len(_COLOURS)],
+                linestyle="--" if number else "-", marker="o", markersize=3, capsize=2, linewidth=1.4,
+            )  # fmt: skip
+    data = both[0]
+    axes.set(title=data["title"], xlabel=data["x"], ylabel=data["y"])
+    if data.get("log_x"):
+        axes.set_xscale("log", base=2)
+    for place, label in data.get("marks", {}).items():
+        axes.axvline(float(place), color="#999999", linewidth=1, linestyle=":")
+        axes.annotate(label, (float(place), 1), xycoords=("data", "axes fraction"), fontsize=8, va="top", rotation=90)
+    for label, level in data.get("levels", {}).items():
+        axes.axhline(level, color="#999999", linewidth=1, linestyle=":", label=label)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def _draw_heatmap(figure: Any, axes: Any, data: Mapping[str, Any]) -> None:
+    values = [[float("nan") if value is None else value for value in row] for row in data["values"]]
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="upper")
+    axes.set_xticks(range(len(data["columns"])), [str(column) for column in data["columns"]])
+    axes.set_yticks(range(len(data["rows"])), [str(row) for row in data["rows"]])
+    title = f"{data['title']} ({data['model']})" if "model" in data else data["title"]
+    axes.set(title=title, xlabel=data["x"], ylabel=data["y"])
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value == value:
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
+    figure.colorbar(image, ax=axes, label="score")

@@ -1,0 +1,211 @@
+"""Persistent knowledge: lm-evaluation-harness with a run's model, and the paper's task lists by name.
+
+`MosaicLM` is registered as `mosaics_jax`: once this module is imported, `lm_eval.simple_evaluate(model="mosaics_jax",
+model_args="workdir=W", tasks=[...])` works too. It imports lm_eval, so nothing but the harness suite imports it.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ValueError(f"the harness suite needs lm_eval ({error}); pip install 'mosaics_jax[eval]'") from error
+
+from mosaics_jax.config import MeshConfig
+from mosaics_jax.evaluate import report
+from mosaics_jax.evaluate.model import Model, RunModel
+
+TASKS = pathlib.Path(__file__).parent / "tasks"
+# PAPER section 7: removing the long-term memory leaves the first as they were, and hurts the second. `mmlu alt` is
+# taken for MMLU answered in words, `squad` for the completion form: the paper names no versions.
+GROUPS = {
+    "persistent_13": (
+        "openbookqa", "arc_easy", "winogrande", "arc_challenge", "piqa", "boolq", "hellaswag", "nq_open", "social_iqa",
+        "triviaqa", "gsm8k", "mmlu_continuation", "humaneval_plus",
+    ),
+    "contextual_6": ("squad_completion", "bbh", "hendrycks_math", "mbpp", "race_middle", "race"),
+}  # fmt: skip
+
+
+@register_model("mosaics_jax")
+class MosaicLM(TemplateLM):
+    """The harness's view of a model: contexts begin with the begin token, and are never cut.
+
+    A text longer than the training context is scored in windows only where the harness asks for rolling ones.
+    """
+
+    def __init__(self, workdir: str | None = None, model: Model | None = None, batch_tokens: int = 65536, **_: Any):
+        """A run's newest checkpoint, or a `model` that is there already."""
+        super().__init__()
+        if model is None:
+            if workdir is None:
+                raise ValueError("workdir is None; legal: the directory of a run (--model_args workdir=DIR)")
+            model = RunModel(workdir, MeshConfig(), batch_tokens=int(batch_tokens))
+        self._model = model
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._model.tokenizer.end
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._model.tokenizer.begin
+
+    @property
+    def max_length(self) -> int:
+        return self._model.max_length
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self._model.tokenizer.encode(string).tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """log p(continuation | context), and whether it is what greedy decoding gives."""
+        begin = self.prefix_token_id
+        rows = []
+        for _names, context, continuation in requests:
+            before = context if context[:1] == [begin] else [begin, *context]
+            rows.append((np.array([*before, *continuation], np.int32), len(continuation)))
+
+        def score(batch: Sequence[tuple[np.ndarray, int]]) -> list[tuple[float, bool]]:
+            found = self._model.losses([row for row, _ in batch])
+            return [
+                (-float(losses.loss_T[len(losses.loss_T) - count :].sum(dtype=np.float64)),
+                 bool(losses.likeliest_T[len(losses.loss_T) - count :].all()))
+                for losses, (_, count) in zip(found, batch, strict=True)
+            ]  # fmt: skip
+
+        def keep(place: int, answer: tuple[float, bool]) -> None:
+            if requests[place][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
+
+        return self._by_length(rows, lambda row: len(row[0]), score, keep, "likelihoods")
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p(text), in windows of the training context, each with as much before it as fits."""
+        windows, owner = [], []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            for pair in get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, max_seq_len=self._model.context, context_len=1
+            ):
+                windows.append((None, *make_disjoint_window(pair)))
+                owner.append(number)
+        totals = [0.0] * len(requests)
+        for number, (value, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
+            totals[number] += value
+        for request, value in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The likeliest continuation, up to the first of the stop strings, which is left out."""
+        jobs = []
+        for request in requests:
+            context, how = request.args
+            if how.get("do_sample", False) and how.get("temperature", 0):
+                raise ValueError(f"generation is asked for with {how}; legal: greedy (do_sample false)")
+            stops = how.get("until") or []
+            stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
+            count = int(how.get("max_gen_toks", how.get("max_new_tokens", 256)))
+            jobs.append((np.array([self.prefix_token_id, *self.tok_encode(context)], np.int32), count, stops))
+
+        def write(batch: Sequence[tuple[np.ndarray, int, list[str]]]) -> list[str]:
+            texts = self._model.generate([row for row, *_ in batch], max(count for _, count, _ in batch))
+            return [
+                _until(self._first(text, count), stops) for text, (_, count, stops) in zip(texts, batch, strict=True)
+            ]
+
+        def keep(place: int, answer: str) -> None:
+            self.cache_hook.add_partial("generate_until", requests[place].args, answer)
+
+        return self._by_length(jobs, lambda job: len(job[0]) + job[1], write, keep, "generations")
+
+    def _first(self, text: str, count: int) -> str:
+        """At most `count` tokens of a text that was made in a batch with longer ones."""
+        ids = self._model.tokenizer.encode(text)
+        return text if len(ids) <= count else self._model.tokenizer.decode(ids[:count])
+
+    def _by_length[Job, Answer](
+        self, jobs: Sequence[Job], length: Callable[[Job], int], work: Callable[[Sequence[Job]], list[Answer]],
+        keep: Callable[[int, Answer], None], what: str,
+    ) -> list[Answer]:  # fmt: skip
+        """Answers in the order of the jobs, which are worked on longest first, in batches of about one length."""
+        order = sorted(range(len(jobs)), key=lambda place: -length(jobs[place]))
+        if order and length(jobs[order[0]]) > self.max_length:
+            raise ValueError(
+                f"harness: a prompt has {length(jobs[order[0]])} tokens, and --max_length is {self.max_length}; "
+                "no prompt is cut: raise it, or ask for fewer examples"
+            )
+        answers: dict[int, Answer] = {}
+        with tqdm(total=len(jobs), desc=what, dynamic_ncols=True, disable=None) as bar:
+            while order:
+                size = self._model.rows_at_once(length(jobs[order[0]]))
+                batch, order = order[:size], order[size:]
+                for place, answer in zip(batch, work([jobs[place] for place in batch]), strict=True):
+                    answers[place] = answer
+                    keep(place, answer)
+                bar.update(len(batch))
+        return [answers[place] for place in range(len(jobs))]
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    ends = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def run(
+    model: Model, tasks: Sequence[str], directory: pathlib.Path, *, folder: pathlib.Path | None = None,
+    limit: int | None = None, fewshot: int | None = None, run_code: bool = False,
+) -> report.Report:  # fmt: skip
+    """Evaluates the tasks, of which every answer is kept in `directory`, so that a killed run goes on.
+
+    Args:
+      tasks: names that lm_eval knows, of the YAML files in `folder`, or of GROUPS.
+      limit: examples of each task at most; None: all.
+      fewshot: examples in the prompt; None: as each task says.
+      run_code: lets tasks run what the model wrote (humaneval_plus, mbpp), on this machine.
+
+    Raises:
+      ValueError: an unknown task, one whose data cannot be had, or one that runs code where that is not allowed.
+    """
+    names = list(dict.fromkeys(name for task in tasks for name in GROUPS.get(task, (task,))))
+    manager = TaskManager(include_path=[str(TASKS), *([str(folder)] if folder else [])])
+    for name in names:
+        if name not in manager.all_tasks:
+            raise ValueError(
+                f"lm_eval knows no task {name!r}; legal: its own (`lm-eval ls tasks`), those in --task_folder, "
+                f"or {', '.join(GROUPS)}"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        found = lm_eval.simple_evaluate(
+            model=MosaicLM(model=model), tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot,
+            use_cache=str(directory / "harness"), bootstrap_iters=0, confirm_run_unsafe_code=run_code,
+        )  # fmt: skip
+    except (OSError, ImportError) as error:
+        raise ValueError(
+            f"the data of {', '.join(names)} cannot be had ({' '.join(str(error).split())}); lm_eval loads it from "
+            "the Hugging Face hub: run once where that can be reached, with HF_HOME on a shared disk, or give a task "
+            "with local files by --task_folder"
+        ) from error
+    rows = [
+        [name, metric.split(",")[0], metric.split(",")[1], float(value), found["n-samples"][name]["effective"]]
+        for name, metrics in found["results"].items()
+        if name in found["n-samples"]
+        for metric, value in metrics.items()
+        if "," in metric and "_stderr" not in metric and isinstance(value, int | float)
+    ]
+    table = report.Table("Harness", ["task", "metric", "filter", "value", "examples"], rows)
+    return report.Report([table], [], [f"lm_eval {lm_eval.__version__}; versions: {json.dumps(found['versions'])}"])

@@ -1,0 +1,98 @@
+"""What is asked of an evaluation. Imports no jax: a mistake is answered before a model is loaded."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+SUITES = ("perplexity", "retrieval", "needle", "classification", "harness")
+SOURCES = {
+    "squad": "SQuAD 2.0 (dev-v2.0.json, CC BY-SA 4.0): https://rajpurkar.github.io/SQuAD-explorer",
+    "hotpot": "HotpotQA (hotpot_dev_distractor_v1.json, CC BY-SA 4.0): https://hotpotqa.github.io",
+    "banking77": (
+        "Banking77 (a folder with train.csv and test.csv, CC BY 4.0): "
+        "https://github.com/PolyAI-LDN/task-specific-datasets"
+    ),
+    "goemotions": (
+        "GoEmotions (a folder with train.tsv, test.tsv and labels.txt, CC BY 4.0): "
+        "https://github.com/google-research/google-research/tree/master/goemotions"
+    ),
+    "tacred": (
+        "TACRED (a folder with train.json and test.json, under a licence of the Linguistic Data Consortium): "
+        "https://catalog.ldc.upenn.edu/LDC2018T24"
+    ),
+}
+_OF_SUITE = {"retrieval": ("squad", "hotpot"), "classification": ("banking77", "goemotions", "tacred")}
+
+
+def _field(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked of the suites: each field is a flag of launch.evaluate. An empty tuple means all or the default."""
+
+    suite: tuple[str, ...] = _field((), f"suites: {', '.join(SUITES)}")
+    lengths: tuple[int, ...] = _field((), "task lengths in tokens; default: 1, 2, 4, 8 times the context of training")
+    count: int = _field(100, "documents, questions, needles or texts of each condition")
+    seed: int = _field(0, "seed of all draws")
+    corpus: str = _field("", "prepared corpus whose held-out documents are read; default: the run's")
+    squad: str = _field("", "retrieval: a JSON file in SQuAD's format")
+    hotpot: str = _field("", "retrieval: a JSON file in HotpotQA's distractor format")
+    haystack: str = _field("", "needle: a text file to hide them in; default: the corpus's held-out text")
+    depths: int = _field(10, "needle: depths of the grid, from the beginning of the text to its end")
+    variants: tuple[str, ...] = _field((), "needle: variants, such as single_1,multikey_2; default: all eight")
+    banking77: str = _field("", "classification: folder with train.csv and test.csv")
+    goemotions: str = _field("", "classification: folder with train.tsv, test.tsv and labels.txt")
+    tacred: str = _field("", "classification: folder with your train.json and test.json")
+    texts: tuple[str, ...] = _field((), "classification: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl of text and label")
+    shots: tuple[int, ...] = _field((1, 2, 4, 8), "classification: examples of each class in the prompt")
+    labels: tuple[str, ...] = _field((), "classification: semantic, anonymous; default: both")
+    tasks: tuple[str, ...] = _field(
+        ("persistent_13", "contextual_6"), "harness: tasks of lm_eval, or the paper's lists persistent_13, contextual_6"
+    )
+    task_folder: str = _field("", "harness: folder with further tasks (YAML)")
+    limit: int = _field(0, "harness: examples of each task at most; 0: all")
+    fewshot: int = _field(-1, "harness: examples in the prompt; -1: as each task says")
+    run_code: bool = _field(False, "harness: let tasks run, on this machine, code that the model wrote")
+
+    def __post_init__(self) -> None:
+        if not self.suite:
+            raise ValueError(f"--suite is not set; legal: one or several of {', '.join(SUITES)}")
+        for name in self.suite:
+            if name not in SUITES:
+                raise ValueError(f"--suite has {name!r}; legal: {', '.join(SUITES)}")
+        for field, least in (("lengths", 2), ("shots", 1)):
+            if bad := [value for value in getattr(self, field) if value < least]:
+                raise ValueError(f"--{field} has {bad[0]}; legal: integers of {least} or more")
+        for field, least in (("count", 1), ("depths", 2), ("limit", 0), ("fewshot", -1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"--{field} is {getattr(self, field)}; legal: {least} or more")
+        self._check_installed()
+        for suite, fields in _OF_SUITE.items():
+            if suite in self.suite and not (suite == "classification" and self.texts):
+                self._check_data(suite, fields)
+        for field in ("haystack", "task_folder"):
+            if (value := getattr(self, field)) and not pathlib.Path(value).exists():
+                raise ValueError(f"--{field} is {value!r}, which is not there")
+        for text in self.texts:
+            name, equals, files = text.partition("=")
+            if not name or not equals or files.count(":") != 1:
+                raise ValueError(f"--texts has {text!r}; legal: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl files")
+
+    def _check_installed(self) -> None:
+        modules = {"figures": "matplotlib"} | ({"the harness suite": "lm_eval"} if "harness" in self.suite else {})
+        for what, module in modules.items():
+            if importlib.util.find_spec(module) is None:
+                raise ValueError(f"{what} needs {module}, which is not installed: pip install 'mosaics_jax[eval]'")
+
+    def _check_data(self, suite: str, fields: Sequence[str]) -> None:
+        given = {field: getattr(self, field) for field in fields if getattr(self, field)}
+        if not given:
+            where = "; ".join(f"--{field}: {SOURCES[field]}" for field in fields)
+            raise ValueError(f"the suite {suite!r} has no data; give one or more of {where}")
+        for field, value in given.items():
+            if not pathlib.Path(value).exists():
+                raise ValueError(f"--{field} is {value!r}, which is not there; it is {SOURCES[field]}")

@@ -1,0 +1,125 @@
+"""What a suite is, and the loop that runs one: batch by batch, each answer on disk before the next is asked for."""
+
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from mosaics_jax.data.tokenizer import Tokenizer
+from mosaics_jax.evaluate.model import Model
+from mosaics_jax.evaluate.report import Report
+
+
+class Example(NamedTuple):
+    """One thing to be answered.
+
+    Attributes:
+      key: says all that decides the answer but the model; unique in its suite.
+      length: tokens that the model reads and writes for it.
+      payload: the suite's own.
+    """
+
+    key: str
+    length: int
+    payload: Any
+
+
+class Suite(Protocol):
+    name: str
+
+    def __len__(self) -> int:
+        """The number of its examples."""
+
+    def examples(self) -> Iterator[Example]:
+        """Always the same, in the same order; those that are alike in length together."""
+
+    def answer(self, model: Model, batch: Sequence[Example]) -> list[dict[str, Any]]:
+        """What is recorded of each example: JSON values."""
+
+    def report(self, records: Sequence[dict[str, Any]]) -> Report:
+        """The tables and figures of all records, which are in the order of the examples."""
+
+
+def run(suite: Suite, model: Model, directory: pathlib.Path) -> Report:
+    """Answers what `directory`/<suite>.jsonl does not hold yet, and reports on all.
+
+    Killed at any moment, it goes on after the last whole line. Raises ValueError for an example that is longer than the
+    model can hold, and for a suite without examples.
+    """
+    if not len(suite):
+        raise ValueError(f"the suite {suite.name!r} has no examples; give it more data or fewer conditions")
+    path = directory / f"{suite.name}.jsonl"
+    records = read_records(path)
+    order = []
+    first = jax.process_index() == 0  # every process computes, one writes
+    with tqdm(total=len(suite), desc=suite.name, unit="example", dynamic_ncols=True, disable=not _bar()) as bar:
+        for batch in _batches(suite, model):
+            order += [example.key for example in batch]
+            missing = [example for example in batch if example.key not in records]
+            if missing:
+                answers = suite.answer(model, missing)
+                records |= {example.key: answer for example, answer in zip(missing, answers, strict=True)}
+                if first:
+                    _append(path, [(example.key, records[example.key]) for example in missing])
+            bar.update(len(batch))
+    return suite.report([records[key] for key in order])
+
+
+def row(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The token ids of a text that begins a document."""
+    return np.array([tokenizer.begin, *tokenizer.encode(text)], np.int32)
+
+
+def digest(text: str) -> str:
+    """Twelve hexadecimal digits that change with the text: a key's part for what is too long to stand in it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_records(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What was answered before, by key. A last line that was cut short counts as not written, and is removed."""
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content) and jax.process_index() == 0:
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return {line["key"]: line["record"] for line in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}); move it away to answer again") from error
+
+
+def _append(path: pathlib.Path, records: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"key": key, "record": record}) + "\n" for key, record in records)
+
+
+def _batches(suite: Suite, model: Model) -> Iterator[list[Example]]:
+    batch: list[Example] = []
+    longest = 0
+    for example in suite.examples():
+        if example.length > model.max_length:
+            raise ValueError(
+                f"{suite.name}: {example.key} needs {example.length} tokens, and --max_length is {model.max_length}; "
+                "no prompt is cut: raise it, or ask for less"
+            )
+        if batch and len(batch) >= model.rows_at_once(max(longest, example.length)):
+            yield batch
+            batch, longest = [], 0
+        batch.append(example)
+        longest = max(longest, example.length)
+    if batch:
+        yield batch
+
+
+def _bar() -> bool:
+    return sys.stderr.isatty() and jax.process_index() == 0
