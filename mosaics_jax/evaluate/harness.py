@@ -111,31 +111,32 @@ class MosaicLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The likeliest continuation, up to the first of the stop strings, which is left out."""
-        jobs = []
-        for request in requests:
+        jobs: dict[int, list[tuple[int, np.ndarray, list[str]]]] = {}  # by the number of tokens asked for
+        for place, request in enumerate(requests):
             context, how = request.args
             if how.get("do_sample", False) and how.get("temperature", 0):
                 raise ValueError(f"generation is asked for with {how}; legal: greedy (do_sample false)")
             stops = how.get("until") or []
             stops = [stops] if isinstance(stops, str) else [stop for stop in stops if stop]
-            count = int(how.get("max_gen_toks", how.get("max_new_tokens", 256)))
-            jobs.append((np.array([self.prefix_token_id, *self.tok_encode(context)], np.int32), count, stops))
+            row = np.array([self.prefix_token_id, *self.tok_encode(context)], np.int32)
+            jobs.setdefault(int(how.get("max_gen_toks", 256)), []).append((place, row, stops))
+        answers: dict[int, str] = {}
+        for count, group in jobs.items():
+            answers |= self._generate(group, count, [request.args for request in requests])
+        return [answers[place] for place in range(len(requests))]
 
-        def write(batch: Sequence[tuple[np.ndarray, int, list[str]]]) -> list[str]:
-            texts = self._model.generate([row for row, *_ in batch], max(count for _, count, _ in batch))
-            return [
-                _until(self._first(text, count), stops) for text, (_, count, stops) in zip(texts, batch, strict=True)
-            ]
+    def _generate(
+        self, jobs: Sequence[tuple[int, np.ndarray, list[str]]], count: int, arguments: Sequence[Any]
+    ) -> dict[int, str]:
+        def write(batch: Sequence[tuple[int, np.ndarray, list[str]]]) -> list[str]:
+            texts = self._model.generate([row for _, row, _ in batch], count)
+            return [_until(text, stops) for text, (_, _, stops) in zip(texts, batch, strict=True)]
 
-        def keep(place: int, answer: str) -> None:
-            self.cache_hook.add_partial("generate_until", requests[place].args, answer)
+        def keep(number: int, answer: str) -> None:
+            self.cache_hook.add_partial("generate_until", arguments[jobs[number][0]], answer)
 
-        return self._by_length(jobs, lambda job: len(job[0]) + job[1], write, keep, "generations")
-
-    def _first(self, text: str, count: int) -> str:
-        """At most `count` tokens of a text that was made in a batch with longer ones."""
-        ids = self._model.tokenizer.encode(text)
-        return text if len(ids) <= count else self._model.tokenizer.decode(ids[:count])
+        found = self._by_length(jobs, lambda job: len(job[1]) + count, write, keep, "generations")
+        return {place: text for (place, *_), text in zip(jobs, found, strict=True)}
 
     def _by_length[Job, Answer](
         self, jobs: Sequence[Job], length: Callable[[Job], int], work: Callable[[Sequence[Job]], list[Answer]],
