@@ -1,4 +1,4 @@
-"""Evaluates the newest checkpoint of a run: tables, figures and their data under WORKDIR/evaluations/<step>/.
+"""Evaluates a checkpoint of a run: tables, figures and their data under WORKDIR/evaluations/<step>/.
 
 python -m launch.evaluate --workdir=runs/tiny --suite=perplexity,needle --lengths=512,1024
 """
@@ -15,6 +15,7 @@ from launch import command
 from mosaics_jax.evaluate.settings import Settings
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_STEP = flags.DEFINE_integer("step", None, "the checkpoint; default: the newest")
 _COMPARE = flags.DEFINE_string("compare", "", "another workdir, whose newest evaluation is drawn into the same figures")
 _WITHOUT = flags.DEFINE_bool("without_long_term", False, "remove the long-term memory first")
 _DELAY = flags.DEFINE_integer("delay", None, "m of the long-term memory; default: model.delay_min of the run")
@@ -54,8 +55,8 @@ def main() -> None:
 
     connect(None, wait=300, heartbeat=100)
     model = RunModel(
-        _WORKDIR.value, run.mesh(_FSDP.value, _TENSOR.value), delay=_DELAY.value, long_term=not _WITHOUT.value,
-        max_length=_MAX_LENGTH.value, batch_tokens=_BATCH_TOKENS.value,
+        _WORKDIR.value, run.mesh(_FSDP.value, _TENSOR.value), step=_STEP.value, delay=_DELAY.value,
+        long_term=not _WITHOUT.value, max_length=_MAX_LENGTH.value, batch_tokens=_BATCH_TOKENS.value,
     )  # fmt: skip
     typed = f"python -m launch.evaluate {shlex.join(sys.argv[1:])}"
     variant = run.variant_name(_DELAY.value, not _WITHOUT.value)

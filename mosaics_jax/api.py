@@ -26,9 +26,7 @@ def load(workdir: str | pathlib.Path) -> tuple[LanguageModel, Tokenizer]:
     config = Config.from_dict(read_run_record(workdir).config)
     checkpoints = Checkpoints(workdir)
     try:
-        step = checkpoints.latest()
-        if step is None:
-            raise ValueError(f"{workdir} holds no checkpoint yet; the first comes after checkpoint.every steps")
+        step = checkpoints.chosen(None)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = jax.eval_shape(lambda: to_values(LanguageModel(config.model, 0)))
         here = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)

@@ -10,20 +10,26 @@ import logging
 import pathlib
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from mosaics_jax.config import CheckpointConfig, Config, differences
+from mosaics_jax.config import CheckpointConfig, Config, differences, with_new_fields
+from mosaics_jax.data.tokenizer import load_tokenizer
 from mosaics_jax.step import TrainState
 
 # Fields that may change between restarts: they move no number beyond the rounding of a reduction.
 FREE_FIELDS = frozenset(
-    {"data.path", "data.workers", "data.prefetch", "checkpoint.every", "checkpoint.keep"}
-    | {"run.accumulation", "run.log_every", "run.eval_every", "run.eval_batches", "run.max_skipped"}
+    {"data.path", "data.workers", "data.prefetch", "checkpoint.every", "checkpoint.keep", "checkpoint.steps"}
+    | {"run.accumulation", "run.log_every", "run.eval_every", "run.eval_steps", "run.eval_batches", "run.max_skipped"}
     | {f"mesh.{field.name}" for field in dataclasses.fields(Config().mesh)}
 )
 
 # Fields that may change too where the user says so (`--accept_new_data`).
 DATA_FIELDS = frozenset({"data.mixture", "data.mixture_changes", "data.packing", "data.seed"})
+
+# What a run may change of the model that it takes its weights from: these decide no weight's shape or meaning.
+FREE_MODEL_FIELDS = frozenset({"remat", "implementation", "compute_dtype", "delay_min", "delay_max"})
 
 # Orbax reports every save and every read-only opening in many lines; what fails, it raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -45,6 +51,10 @@ class RunRecord:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "RunRecord":
+        return cls(**{**saved, "config": with_new_fields(saved["config"])})
+
 
 class Checkpoints:
     """The checkpoints of one workdir."""
@@ -52,8 +62,9 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
         """Without `config` the directory is opened for reading only."""
         self._directory = (workdir / "checkpoints").absolute()
+        kept = [policies.LatestN(config.keep), policies.CustomSteps(config.steps)] if config else []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep if config else None,
+            preservation_policy=policies.AnyPreservationPolicy(kept) if config else None,
             read_only=config is None,
             create=config is not None,
             cleanup_tmp_directories=config is not None,
@@ -63,6 +74,17 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
+
+    def chosen(self, step: int | None) -> int:
+        """`step`, or the newest for None. ValueError where there is none, or not that one."""
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise ValueError(
+                f"{self._directory.parent} holds no checkpoint yet; the first comes after checkpoint.every steps"
+            )
+        if step is not None and step not in steps:
+            raise ValueError(f"{self._directory.parent} has no checkpoint {step}; legal: {', '.join(map(str, steps))}")
+        return steps[-1] if step is None else step
 
     def save(self, state: TrainState, step: int, record: RunRecord) -> None:
         """Starts a save; the state may be donated to the next step at once. Raises the errors of the save before."""
@@ -78,7 +100,7 @@ class Checkpoints:
         )
 
     def record(self, step: int) -> RunRecord:
-        return RunRecord(**self._restore(step, record=ocp.args.JsonRestore())["record"])
+        return RunRecord.from_dict(self._restore(step, record=ocp.args.JsonRestore())["record"])
 
     def params(self, step: int, abstract_params: Any) -> Any:
         return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
@@ -110,6 +132,39 @@ class Checkpoints:
                 f"checkpoint {self._directory / str(step)} cannot be read ({reason}); move that directory away to "
                 "resume from the checkpoint before it"
             ) from error
+
+
+def check_initial(config: Config, tokenizer_fingerprint: str) -> None:
+    """Raises ValueError where the run of `config.init_from` has another model or tokenizer, or no weights."""
+    workdir = pathlib.Path(config.init_from)
+    saved = Config.from_dict(read_run_record(workdir).config).model
+    differing = [
+        f"--config.model.{field.name}={getattr(saved, field.name)!r} (not {getattr(config.model, field.name)!r})"
+        for field in dataclasses.fields(saved)
+        if field.name not in FREE_MODEL_FIELDS and getattr(saved, field.name) != getattr(config.model, field.name)
+    ]
+    if differing:
+        raise ValueError(f"init_from is {config.init_from!r}, whose model is another; legal: {', '.join(differing)}")
+    if load_tokenizer(workdir / "tokenizer").fingerprint != tokenizer_fingerprint:
+        raise ValueError(
+            f"init_from is {config.init_from!r}, whose tokenizer is not the corpus's; prepare the corpus with "
+            f"--tokenizer={workdir / 'tokenizer'}"
+        )
+    checkpoints = Checkpoints(workdir)
+    try:
+        checkpoints.chosen(None)
+    finally:
+        checkpoints.close()
+
+
+def initial_weights(config: Config, shapes: Any, shardings: Any) -> Any:
+    """The newest weights of the run `config.init_from`, in these shardings."""
+    checkpoints = Checkpoints(pathlib.Path(config.init_from))
+    try:
+        abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+        return checkpoints.params(checkpoints.chosen(None), abstract)
+    finally:
+        checkpoints.close()
 
 
 def data_differences(saved: RunRecord, current: RunRecord) -> list[str]:
@@ -148,6 +203,6 @@ def read_run_record(workdir: pathlib.Path) -> RunRecord:
     if not path.is_file():
         raise ValueError(f"{workdir} holds no run (no config.json); python -m launch.train --workdir=DIR makes one")
     try:
-        return RunRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error

@@ -200,9 +200,11 @@ class CheckpointConfig:
 
     every: int = _field(500, "steps between checkpoints; the last step is always saved")
     keep: int = _field(3, "newest checkpoints kept")
+    steps: tuple[int, ...] = _field((), "further steps that are saved, and kept for ever")
 
     def __post_init__(self) -> None:
         _check_positive(self, "every", "keep")
+        _check(self, "steps", all(step >= 1 for step in self.steps), "integers of 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +219,7 @@ class RunConfig:
     loss_chunk: int = _field(2048, "tokens whose logits are held at once by the loss")
     log_every: int = _field(10, "steps between lines of metrics")
     eval_every: int = _field(500, "steps between evaluations on the held-out split; the last step is always evaluated")
+    eval_steps: tuple[int, ...] = _field((), "further steps after which is evaluated; 0: before the first")
     eval_batches: int = _field(16, "batches of one evaluation, at most the held-out split once")
     max_skipped: int = _field(20, "steps in a row with a non-finite loss or gradient that stop the run")
 
@@ -224,11 +227,17 @@ class RunConfig:
         _check_positive(
             self, "steps", "accumulation", "loss_chunk", "log_every", "eval_every", "eval_batches", "max_skipped"
         )
+        _check(self, "eval_steps", all(step >= 0 for step in self.eval_steps), "integers of 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of one run."""
+    """All settings of one run.
+
+    Attributes:
+      init_from: the workdir of a run whose newest weights this one starts from, with an optimiser of its own; "" makes
+        new weights.
+    """
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -236,6 +245,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+    init_from: str = ""
 
     def __post_init__(self) -> None:
         if "short" in self.model.memories and self.data.context < self.model.window:
@@ -258,6 +268,9 @@ class Config:
         sections = _exact_fields(cls, values, "the config")
         made = {}
         for name, kind in sections.items():
+            if not dataclasses.is_dataclass(kind):
+                made[name] = _as_type(kind, values[name], name)
+                continue
             fields = _exact_fields(kind, values[name], f"config.{name}")
             made[name] = kind(**{f: _as_type(t, values[name][f], f"{name}.{f}") for f, t in fields.items()})
         return cls(**made)
@@ -266,7 +279,7 @@ class Config:
     def from_config_dict(cls, config: ml_collections.ConfigDict) -> "Config":
         return cls.from_dict(config.to_dict())
 
-    def to_dict(self) -> dict[str, dict[str, Any]]:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
@@ -287,13 +300,16 @@ def _exact_fields(kind: type, values: Any, where: str) -> dict[str, type]:
 
 def _as_type(kind: Any, value: Any, where: str) -> Any:
     """JSON and the command line blur list and tuple, int and float; nothing else is converted."""
-    if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        return tuple(value)
+    if kind in (tuple[str, ...], tuple[int, ...]):
+        (of, _) = typing.get_args(kind)
+        if isinstance(value, list | tuple) and all(type(part) is of for part in value):
+            return tuple(value)
+        raise ValueError(f"{where} is {value!r}; legal: a tuple of {of.__name__}")
     if typing.get_origin(kind) is Mapping and isinstance(value, Mapping):
         return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind == tuple[str, ...] or type(value) is not kind:
+    if type(value) is not kind:
         raise ValueError(f"{where} is {value!r}; legal: a value of type {getattr(kind, '__name__', kind)}")
     return value
 
@@ -323,20 +339,43 @@ def load_config(path: str) -> ml_collections.ConfigDict:
 def describe_fields() -> list[str]:
     """One line for every field: its name, default and meaning (what `--help` prints)."""
     lines = []
-    for section in dataclasses.fields(Config):
+    for section in _sections():
         for field in dataclasses.fields(section.default):  # type: ignore[arg-type]
             default = getattr(section.default, field.name)
             lines.append(f"--config.{section.name}.{field.name} (default {default!r}): {field.metadata['doc']}")
-    return lines
+    return [*lines, "--config.init_from (default ''): workdir of a run whose newest weights this one starts from"]
+
+
+def _sections() -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]
+
+
+def with_new_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved `to_dict()` form, with what is newer than it at its default, which does what was done then."""
+    made = Config().to_dict()
+    return {
+        name: {**default, **saved.get(name, {})} if isinstance(default, dict) else saved.get(name, default)
+        for name, default in made.items()
+    } | {name: value for name, value in saved.items() if name not in made}
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`to_dict()` as one level: "section.field", and "init_from"."""
+    whole = {name: value for name, value in config.items() if not isinstance(value, Mapping)}
+    return whole | {
+        f"{name}.{field}": value
+        for name, section in config.items()
+        if isinstance(section, Mapping)
+        for field, value in section.items()
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`section.field: old -> new` for every field that differs between two `to_dict()` forms."""
+    before, after = flat(old), flat(new)
     lines = []
-    for section in sorted({*old, *new}):
-        before, after = old.get(section, {}), new.get(section, {})
-        for field in sorted({*before, *after}):
-            a, b = before.get(field, "absent"), after.get(field, "absent")
-            if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
-                lines.append(f"{section}.{field}: {a!r} -> {b!r}")
+    for name in sorted({*before, *after}):
+        a, b = before.get(name, "absent"), after.get(name, "absent")
+        if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            lines.append(f"{name}: {a!r} -> {b!r}")
     return lines

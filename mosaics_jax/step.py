@@ -35,9 +35,13 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def init_state(config: Config) -> TrainState:
-    """The state before the first step. Run it under jit with output shardings: nothing is then made whole anywhere."""
-    params = nn_model.to_values(nn_model.LanguageModel(config.model, config.run.seed))
+def init_state(config: Config, params: dict[str, Any] | None = None) -> TrainState:
+    """The state before the first step, with new weights or those given.
+
+    Run it under jit with output shardings: nothing is then made whole anywhere.
+    """
+    if params is None:
+        params = nn_model.to_values(nn_model.LanguageModel(config.model, config.run.seed))
     opt_state = _optimizer(config).init(params)
     zero = jnp.int32(0)
     return TrainState(zero, zero, zero, params, opt_state)

@@ -6,6 +6,7 @@ state: it starts where the restored step says.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -47,6 +48,8 @@ def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = F
             f"model.vocabulary is {config.model.vocabulary}, but the corpus {config.data.path} has token ids up to "
             f"{corpora.vocabulary - 1}; set --config.model.vocabulary={corpora.vocabulary} or more"
         )
+    if config.init_from and not (workdir / "config.json").exists():
+        checkpoint.check_initial(config, corpora.tokenizer_fingerprint)
     processes.check_devices(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch, config.data.context, config.run.accumulation)
@@ -93,7 +96,8 @@ def _make_state(
     shardings = state_shardings(config, mesh, shapes)
     step = checkpoints.latest()
     if step is None:
-        return jax.jit(lambda: init_state(config), out_shardings=shardings)(), 0
+        params = checkpoint.initial_weights(config, shapes.params, shardings.params) if config.init_from else None
+        return jax.jit(functools.partial(init_state, config), out_shardings=shardings)(params), 0
     # The checkpoint that a change of data starts from was made with the old; the workdir's record has accepted that.
     accepted = any(change["step"] >= step for change in record.data_changes)
     checkpoint.check_same_run(checkpoints.record(step), record, f"checkpoint {step}", accepted)
@@ -163,11 +167,13 @@ class _Loop:
             self._writer.close()
 
     def _steps(self, state: TrainState, first_step: int, rows: Iterator[Batch]) -> dict[str, Any] | None:
-        run, every = self._config.run, self._config.checkpoint.every
+        run, saves = self._config.run, self._config.checkpoint
         evaluation: dict[str, Any] = {}
         pending: Any = None
         self._clock, self._clock_step, self._first_step = time.perf_counter(), first_step, first_step
         self._waited = 0.0  # for data, since the clock was set
+        if first_step == 0 and 0 in run.eval_steps:
+            self._evaluate(state.params, 0)
         for step in range(first_step, run.steps):
             asked = time.perf_counter()
             batch = next(rows)
@@ -178,12 +184,13 @@ class _Loop:
             done = step + 1
             if jax.process_count() > 1:
                 self._stop_signal = multihost_utils.reached_preemption_sync_point(done)
-            if done % run.eval_every == 0 or done == run.steps or self._stop_signal:
+            evaluates = done % run.eval_every == 0 or done in run.eval_steps or done == run.steps
+            if evaluates or self._stop_signal:
                 self._report(done, pending)
                 pending = None
-            if done % run.eval_every == 0 or done == run.steps:
+            if evaluates:
                 evaluation = self._evaluate(state.params, done)
-            if done % every == 0 or done == run.steps or self._stop_signal:
+            if done % saves.every == 0 or done in saves.steps or done == run.steps or self._stop_signal:
                 self._save(state, done)
             if self._stop_signal:
                 self._checkpoints.wait()

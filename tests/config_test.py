@@ -14,7 +14,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 
 def _dump(config: config_lib.Config) -> str:
     """One sorted `section.field: value` a line."""
-    lines = [f"{s}.{f}: {value!r}" for s, fields in config.to_dict().items() for f, value in fields.items()]
+    lines = [f"{name}: {value!r}" for name, value in config_lib.flat(config.to_dict()).items()]
     return "\n".join(sorted(lines)) + "\n"
 
 
@@ -28,7 +28,7 @@ def test_golden_dump(recipe: str) -> None:
 
 def test_every_recipe_is_there() -> None:
     names = ["tiny", "small", "large"]
-    assert sorted(names + [f"transformer_{name}" for name in names]) == RECIPES
+    assert sorted(["extend_32k"] + names + [f"transformer_{name}" for name in names]) == RECIPES
 
 
 def test_round_trip_and_immutability() -> None:

@@ -36,14 +36,15 @@ def tiny_config(corpus: pathlib.Path | str = "", **changes: Any) -> config_lib.C
     values["run"] |= {"steps": 8, "log_every": 2, "eval_every": 4, "eval_batches": 2, "loss_chunk": 64}
     values["checkpoint"] |= {"every": 3}
     for name, value in changes.items():
-        section, field = name.split(".")
-        assert field in values[section], name
-        values[section][field] = value
+        section, _, field = name.rpartition(".")
+        holder = values[section] if section else values
+        assert field in holder, name
+        holder[field] = value
     return config_lib.Config.from_dict(values)
 
 
 def command_line(config: config_lib.Config) -> list[str]:
     """A recipe, and every field of `config` as an override of it."""
     return ["--config=configs/tiny.py"] + [
-        f"--config.{s}.{f}={value}" for s, fields in config.to_dict().items() for f, value in fields.items()
+        f"--config.{name}={value}" for name, value in config_lib.flat(config.to_dict()).items()
     ]

@@ -60,6 +60,10 @@ class Corpora:
         return self._any.vocabulary
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        return self._any.tokenizer_fingerprint
+
+    @property
     def tokenizer_directory(self) -> pathlib.Path:
         return self._any.tokenizer_directory
 

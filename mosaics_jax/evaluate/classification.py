@@ -181,7 +181,7 @@ class Classification:
                         f"{name}, {labels} labels: {title}", "number of shots", "accuracy", series, levels=chance
                     )
                     figures.append(report.Figure(f"classification_{name}_{labels}_{score}", data))
-            columns = ["task", "labels", "prompt", *(f"{n} shots" for n in self._shots)]
+            columns = ["task", "labels", "prompt", *(f"{n} shot{'s' * (n > 1)}" for n in self._shots)]
             tables.append(report.Table(f"Accuracy in percent: {title}", columns, rows))
         counts = [[name, len(self._by_label[name]), len(self._queries[name])] for name in self._tasks]
         tables.append(report.Table("Data", ["task", "classes", "texts"], counts))

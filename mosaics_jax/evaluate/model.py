@@ -65,12 +65,13 @@ class RunModel:
     """
 
     def __init__(
-        self, workdir: str | pathlib.Path, mesh: MeshConfig, *, delay: int | None = None, long_term: bool = True,
-        max_length: int = 131072, batch_tokens: int = 65536,
+        self, workdir: str | pathlib.Path, mesh: MeshConfig, *, step: int | None = None, delay: int | None = None,
+        long_term: bool = True, max_length: int = 131072, batch_tokens: int = 65536,
     ):  # fmt: skip
-        """The newest checkpoint.
+        """A checkpoint and the run's tokenizer.
 
         Args:
+          step: the checkpoint's; None is the newest.
           delay: m of the long-term memory; None is inference's, `model.delay_min`.
           long_term: False removes the long-term memory.
           batch_tokens: positions that the rows of a batch may have together.
@@ -91,7 +92,7 @@ class RunModel:
         self.max_length, self.context = max_length, self.config.data.context
         self.mesh = sharding.make_mesh(mesh)
         self._batch_tokens, self._chunk = batch_tokens, self.config.run.loss_chunk
-        self.step, values = _load(workdir, config, self.mesh)
+        self.step, values = _load(workdir, step, config, self.mesh)
         if not long_term:
             with jax.set_mesh(self.mesh):
                 model = from_values(config, values).remove_long_term()
@@ -202,13 +203,11 @@ def _with_delay(config: ModelConfig, delay: int) -> ModelConfig:
     return dataclasses.replace(config, delay_min=delay, delay_max=max(delay, config.delay_max))
 
 
-def _load(workdir: pathlib.Path, config: ModelConfig, mesh: Mesh) -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint's step, and its weights in their shards."""
+def _load(workdir: pathlib.Path, step: int | None, config: ModelConfig, mesh: Mesh) -> tuple[int, dict[str, Any]]:
+    """The step, which None leaves to be the newest, and its weights in their shards."""
     checkpoints = Checkpoints(workdir)
     try:
-        step = checkpoints.latest()
-        if step is None:
-            raise ValueError(f"{workdir} holds no checkpoint yet; the first comes after checkpoint.every steps")
+        step = checkpoints.chosen(step)
         shapes = jax.eval_shape(lambda: to_values(LanguageModel(config, 0)))
         shardings = sharding.parameter_shardings(mesh, parameter_axes(config), shapes)
         abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)

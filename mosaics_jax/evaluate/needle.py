@@ -19,6 +19,7 @@ from mosaics_jax.evaluate.words import ADJECTIVES, NOUNS
 
 NEW_TOKENS = 128
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_MOST_WORDS = 50
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 _MANY = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. "
@@ -73,8 +74,8 @@ class Needle:
         for variant in variants:
             if variant not in VARIANTS:
                 raise ValueError(f"the needle variant {variant!r} is unknown; legal: {', '.join(VARIANTS)}")
-        self._sentences = re.split(r"(?<=[.!?])\s+", " ".join(haystack.split()))
-        if self._sentences == [""]:
+        self._sentences = _sentences(haystack)
+        if not self._sentences:
             raise ValueError("the haystack is an empty text")
         self._tokenizer, self._lengths, self._variants = tokenizer, sorted(lengths), tuple(variants)
         self._count, self._depths, self._seed = count, depths, seed
@@ -112,7 +113,7 @@ class Needle:
 
         try:
             units, ids = most_that_fit(
-                len(pairs), length, length - NEW_TOKENS, lambda units: suite.row(self._tokenizer, prompt(units))
+                1, length, length - NEW_TOKENS, lambda units: suite.row(self._tokenizer, prompt(units))
             )
         except ValueError as error:
             raise ValueError(f"needle {name} at --lengths={length}: {error}; take a longer one") from error
@@ -176,6 +177,16 @@ class Needle:
         depths = [f"{100 * row / last:.0f}%" for row in range(self._depths)]
         title = f"Needle {name}" if name else "Needle, all variants"
         return report.heatmap(title, "length, tokens", "depth of the needle", self._lengths, depths, values)
+
+
+def _sentences(text: str) -> list[str]:
+    """The sentences of a text; what has no full stop for long is cut every so many words."""
+    sentences = (sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text))
+    return [
+        " ".join(words[first : first + _MOST_WORDS])
+        for words in sentences
+        for first in range(0, len(words), _MOST_WORDS)
+    ]
 
 
 def _needle(variant: Variant, key: str, value: str) -> str:

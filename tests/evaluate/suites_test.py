@@ -175,6 +175,11 @@ def test_distractors_never_answer_the_question():
         assert len(_finder(TOKENIZER.decode(example.payload[0])).split(", ")) == 1
 
 
+def test_a_haystack_without_full_stops_is_cut():
+    examples = list(Needle(TOKENIZER, [1600], "word " * 500, count=2, variants=["single_2", "multivalue"]).examples())
+    assert all(example.length > 600 for example in examples)
+
+
 def test_needle_refuses():
     with pytest.raises(ValueError, match="'single_9' is unknown; legal: single_1"):
         Needle(TOKENIZER, [900], TEXT, variants=["single_9"])
