@@ -54,7 +54,7 @@ def test_every_suite_and_again(workdir, data, tmp_path):
     # Perplexity needs documents as long as its lengths, the others prompts that fit: two commands.
     one = _evaluate(workdir, "--suite=perplexity", "--lengths=32,64", *small)
     assert one.returncode == 0, one.stderr
-    rest = [flag if "lengths" not in flag else "--lengths=700,1200" for flag in flags]
+    rest = [flag if "lengths" not in flag else "--lengths=1100,1400" for flag in flags]
     rest[0] = "--suite=retrieval,needle,classification,harness"
     two = _evaluate(workdir, *rest)
     assert two.returncode == 0, two.stderr
@@ -130,7 +130,7 @@ def test_mistakes_are_answered_before_a_model_is_loaded(given, message):
     ("flags", "message"),
     [
         (("--suite=needle", "--lengths=4k"), "error: --lengths has '4k'; legal: integers, separated by commas"),
-        (("--suite=perplexity", "--step=3"), "has no checkpoint 3; legal: 2, 4"),
+        (("--suite=perplexity", "--step=1"), "has no checkpoint 1; legal: 2, 3, 4"),
         (("--suite=perplexity", "--compare=nowhere"), "'nowhere', which has no evaluation with the suite 'perplexity'"),
     ],
 )
