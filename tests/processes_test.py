@@ -158,6 +158,39 @@ def test_several_processes_train_as_one_does(name, corpus, alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(corpus, tmp_path):
+    """Killed after some answers and gone on, two processes write what one does."""
+    from mosaics_jax.train import train
+
+    train(_config(corpus, steps=4), tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    flags = ["--count=3", "--batch_tokens=64", "--variants=single_1", f"--haystack={ROOT / 'README.md'}"]
+
+    def run(workdir, count, suite, lengths):
+        port, started = _port(), []
+        for process in range(count):
+            environment = os.environ | {
+                "JAX_PLATFORMS": "cpu", "MOSAICS_COORDINATOR": f"localhost:{port}", "MOSAICS_PROCESSES": str(count),
+                "JOB_COMPLETION_INDEX": str(process),
+            }  # fmt: skip
+            command = [sys.executable, "-m", "launch.evaluate", *flags, f"--workdir={workdir}", f"--suite={suite}"]
+            started.append(subprocess.Popen([*command, f"--lengths={lengths}"], cwd=ROOT, env=environment))
+        assert _finish(started) == [0] * count
+        return workdir / "evaluations" / "4"
+
+    for suite, lengths in (("perplexity", "32,64"), ("needle", "600")):
+        one, two = (run(tmp_path / name, count, suite, lengths) for name, count in (("run", 1), ("other", 2)))
+        first, second = ((folder / f"{suite}.jsonl").read_text().splitlines() for folder in (one, two))
+        assert [json.loads(line)["key"] for line in first] == [json.loads(line)["key"] for line in second]
+        kept = second[: len(second) // 2]
+        (two / f"{suite}.jsonl").write_text("\n".join(kept) + "\n")
+        run(tmp_path / "other", 2, suite, lengths)
+        again = (two / f"{suite}.jsonl").read_text().splitlines()
+        assert again[: len(kept)] == kept
+        assert sorted(again) == sorted(second)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not installed; apt-get install openmpi-bin")
 def test_open_mpi_tells_the_processes_who_they_are(corpus, alone, tmp_path):
     workdir = tmp_path / "run"

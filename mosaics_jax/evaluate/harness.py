@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -170,7 +171,7 @@ def run(
     model: Model, tasks: Sequence[str], directory: pathlib.Path, *, folder: pathlib.Path | None = None,
     limit: int | None = None, fewshot: int | None = None, run_code: bool = False,
 ) -> report.Report:  # fmt: skip
-    """Evaluates the tasks, of which every answer is kept in `directory`, so that a killed run goes on.
+    """Evaluates the tasks, of which one process keeps every answer in `directory`, so that it goes on when killed.
 
     Args:
       tasks: names that lm_eval knows, of the YAML files in `folder`, or of GROUPS.
@@ -190,10 +191,12 @@ def run(
                 f"or {', '.join(GROUPS)}"
             )
     directory.mkdir(parents=True, exist_ok=True)
+    # Several processes must ask for the same batches, and what each has kept may differ: then nothing is kept.
+    cache = str(directory / "harness") if jax.process_count() == 1 else None
     try:
         found = lm_eval.simple_evaluate(
             model=MosaicLM(model=model), tasks=names, task_manager=manager, limit=limit, num_fewshot=fewshot,
-            use_cache=str(directory / "harness"), bootstrap_iters=0, confirm_run_unsafe_code=run_code,
+            use_cache=cache, bootstrap_iters=0, confirm_run_unsafe_code=run_code,
         )  # fmt: skip
     except (OSError, ImportError) as error:
         raise ValueError(
