@@ -165,24 +165,21 @@ def rank_rows(
 ) -> jax.Array:  # fmt: skip
     """score_BN = log p(option n | prompt b), the sum over the option's tokens, in nats.
 
-    Prompts are read once; each option goes on from their caches. Rows are as of `prefill`; option n is the first
-    `option_length_N[n]` >= 1 of its C tokens.
+    Prompts are read once, and what follows them, each option at once, from their caches. Rows are as of `prefill`;
+    option n is the first `option_length_N[n]` >= 1 of its C tokens.
     """
     model = from_values(config, values)
     batch, time = tokens_BT.shape
-    after_prompt_BV, after_prompt = prefill(model, tokens_BT, length_B, time + options_NC.shape[1])
+    after_prompt_BV, after_prompt = prefill(model, tokens_BT, length_B, time)
 
     def score(option: tuple[jax.Array, jax.Array]) -> jax.Array:
         option_C, length = option
-
-        def one(carry: tuple[Any, ...], place: tuple[jax.Array, jax.Array]) -> tuple[tuple[Any, ...], None]:
-            score_B, logits_BV, caches = carry
-            index, token = place
-            log_p_B = jax.nn.log_softmax(logits_BV)[:, token]
-            logits_BV, caches = decode(model, jnp.full(batch, token), caches, length_B + index)
-            return (score_B + jnp.where(index < length, log_p_B, 0), logits_BV, caches), None
-
-        start = (jnp.zeros(batch), after_prompt_BV, after_prompt)
-        return lax.scan(one, start, (jnp.arange(option_C.size), option_C))[0][0]
+        tokens_BC = jnp.broadcast_to(option_C, (batch, option_C.size))
+        x_BCD, _ = model.scan_blocks(
+            tokens_BC, lambda memory, x_BCD, cache: (memory.follow(x_BCD, cache, length_B), None), after_prompt
+        )
+        before_BCV = jnp.concatenate([after_prompt_BV[:, None], model.logits(x_BCD[:, :-1])], axis=1)
+        log_p_BC = jnp.take_along_axis(jax.nn.log_softmax(before_BCV), tokens_BC[..., None], axis=-1)[..., 0]
+        return jnp.where(jnp.arange(option_C.size) < length, log_p_BC, 0).sum(1)
 
     return lax.map(score, (options_NC, option_length_N)).T

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mosaics_jax.config import ModelConfig
 from mosaics_jax.data.tokenizer import ByteTokenizer
-from mosaics_jax.decode import Sampling, decode, generate, prefill, sample
+from mosaics_jax.decode import Sampling, align_ends, decode, generate, prefill, rank_rows, sample
 from mosaics_jax.nn.model import LanguageModel, abstract, from_values, to_values
 
 T = 40
@@ -82,6 +82,29 @@ def _compare(name, lengths, max_length):
         count_B = length_B + step
         logits_BV, caches = _decode(config, values, tokens_BT[row, count_B], caches, count_B)
         close(logits_BV, expected_BTV[row, count_B], err_msg=f"after {step + 1} decoded tokens")
+
+
+@functools.partial(_jit, static_argnums=0)
+def _rank(config, values, *arrays):
+    return rank_rows(config, values, *arrays)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_options_are_ranked_as_the_whole_forward_pass_ranks_them(name):
+    """Prompts of one token, of less and of more than a window; options longer than the delay."""
+    config, values = CONFIGS[name], _values(CONFIGS[name])
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 50, length).astype(np.int32) for length in (1, 5, 30)]
+    options_NC = rng.integers(0, 50, (4, 7)).astype(np.int32)
+    option_length_N = np.array([7, 1, 4, 6], np.int32)
+    found_BN = _rank(config, values, *align_ends(prompts, 32), options_NC, option_length_N)
+    for scores_N, prompt in zip(np.asarray(found_BN), prompts, strict=True):
+        for score, option, length in zip(scores_N, options_NC, option_length_N, strict=True):
+            row = np.concatenate([prompt, option[:length], np.zeros(T, np.int32)])[:T]
+            log_p_TV = jax.nn.log_softmax(_logits(config, values, row[None]))[0]
+            places = np.arange(len(prompt) - 1, len(prompt) - 1 + length)
+            expected = np.asarray(log_p_TV)[places, option[:length]].astype(np.float64).sum()
+            assert score == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

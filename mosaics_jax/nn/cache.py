@@ -19,3 +19,13 @@ def write(array_BSHK: jax.Array, new_BHK: jax.Array, pair_B: jax.Array) -> jax.A
     """The ring with pair `pair_B` of each row in its slot."""
     slot_B = pair_B % array_BSHK.shape[1]
     return array_BSHK.at[jnp.arange(array_BSHK.shape[0]), slot_B].set(new_BHK)
+
+
+def followed(array_BSHK: jax.Array, count_B: jax.Array, new_BCHK: jax.Array) -> jax.Array:
+    """The ring's pairs in order and the new ones after them: the first stands where pair `count_B` - capacity belongs.
+
+    The ring holds the newest of `count_B` pairs; of those that were never there it has something, not to be seen.
+    """
+    capacity = array_BSHK.shape[1]
+    slot_BS = (count_B[:, None] + jnp.arange(capacity)) % capacity
+    return jnp.concatenate([jnp.take_along_axis(array_BSHK, slot_BS[..., None, None], axis=1), new_BCHK], axis=1)

@@ -9,7 +9,7 @@ from flax import nnx
 from mosaics_jax import collectives, dims, visibility
 from mosaics_jax.config import ModelConfig
 from mosaics_jax.nn import layers
-from mosaics_jax.nn.cache import fill, write
+from mosaics_jax.nn.cache import fill, followed, write
 from mosaics_jax.nn.features import KeyExtractor, ValueExtractor
 from pallas_kernels.leaky_average import LeakyState
 from pallas_kernels.retrieval import retrieve
@@ -117,6 +117,25 @@ class AssociativeMemory(nnx.Module):
         interval = visibility.Interval(jnp.zeros_like(stop_B)[:, None], stop_B[:, None])
         output_B1HK, _ = self._read(keys.key_BTHK, key_BSHK, value_BSHK, interval)
         return output_B1HK, MemoryCache(key_BSHK, value_BSHK, keys.key_BTHK[:, 0], raw_B1HK[:, 0], keys.state)
+
+    def follow(self, x_BCD: jax.Array, cache: MemoryCache, count_B: jax.Array) -> jax.Array:
+        """The reads of C more positions at once, of which each row has `count_B` >= 1 before them; nothing is kept."""
+        keys = self.key(x_BCD, jnp.zeros(x_BCD.shape[:2], bool), cache.state)
+        raw_BCHK = self.value.raw(x_BCD)
+        # Each position completes the pair before it.
+        before_BCHK = jnp.concatenate([cache.pending_raw_value_BHK[:, None], raw_BCHK[:, :-1]], axis=1)
+        new_key_BCHK = jnp.concatenate([cache.pending_key_BHK[:, None], keys.key_BTHK[:, :-1]], axis=1)
+        key_BSHK = followed(cache.key_BSHK, count_B - 1, new_key_BCHK)
+        value_BSHK = followed(cache.value_BSHK, count_B - 1, self.value.mix(before_BCHK, raw_BCHK))
+        position_BC = count_B[:, None] + jnp.arange(x_BCD.shape[1])
+        if self.kind == "short":
+            start_BC, stop_BC = jnp.maximum(position_BC - self.config.window + 1, 0), position_BC
+        else:
+            start_BC = jnp.zeros_like(position_BC)
+            stop_BC = jnp.maximum(position_BC - self.config.delay_min + 1, 0)
+        first_B1 = (count_B - 1 - cache.key_BSHK.shape[1])[:, None]
+        interval = visibility.Interval(start_BC, stop_BC).among(first_B1)
+        return self._read(keys.key_BTHK, key_BSHK, value_BSHK, interval)[0]
 
     def _capacity(self, max_length: int) -> int:
         return min(self.config.window - 1, max_length) if self.kind == "short" else max_length

@@ -9,7 +9,7 @@ from flax import nnx
 from mosaics_jax import dims, visibility
 from mosaics_jax.config import ModelConfig
 from mosaics_jax.nn import layers
-from mosaics_jax.nn.cache import fill, write
+from mosaics_jax.nn.cache import fill, followed, write
 from mosaics_jax.nn.memory import Context
 from pallas_kernels.retrieval import retrieve
 
@@ -70,6 +70,22 @@ class Attention(nnx.Module):
             stop_B = jnp.minimum(count_B + 1, cache.key_BSHK.shape[1])
         interval = visibility.Interval(jnp.zeros_like(stop_B)[:, None], stop_B[:, None])
         return self._read(query_B1HK, cache.key_BSHK, cache.value_BSHK, interval), cache
+
+    def follow(self, x_BCD: jax.Array, cache: AttentionCache, count_B: jax.Array) -> jax.Array:
+        """The reads of C more positions at once, of which each row has `count_B` before them; nothing is kept."""
+        position_BC = count_B[:, None] + jnp.arange(x_BCD.shape[1])
+        query_BCHK, key_BCHK, value_BCHK = self._project(x_BCD, position_BC)
+        key_BSHK, value_BSHK = (
+            followed(stored, count_B, new)
+            for stored, new in ((cache.key_BSHK, key_BCHK), (cache.value_BSHK, value_BCHK))
+        )
+        start_BC = jnp.zeros_like(position_BC)
+        if self.kind == "short":
+            start_BC = jnp.maximum(position_BC - self.config.window + 1, 0)
+        last = self.config.delay_min if self.kind == "long" else 0
+        stop_BC = jnp.maximum(position_BC - last + 1, 0)
+        interval = visibility.Interval(start_BC, stop_BC).among((count_B - cache.key_BSHK.shape[1])[:, None])
+        return self._read(query_BCHK, key_BSHK, value_BSHK, interval)
 
     def _project(self, x_BTD: jax.Array, position_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         query_BTHK, key_BTHK, value_BTHK = (
