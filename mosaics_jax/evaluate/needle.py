@@ -70,7 +70,10 @@ class Needle:
         self, tokenizer: Tokenizer, lengths: Sequence[int], haystack: str, *, count: int = 20, depths: int = 10,
         seed: int = 0, variants: Sequence[str] = tuple(VARIANTS),
     ):  # fmt: skip
-        """`count` prompts of every variant and length; `haystack` is the text that needles are hidden in."""
+        """`count` prompts of every variant and length; `haystack` is the text that needles are hidden in.
+
+        ValueError for an unknown variant, an empty haystack, or a length that does not hold a variant's needles.
+        """
         for variant in variants:
             if variant not in VARIANTS:
                 raise ValueError(f"the needle variant {variant!r} is unknown; legal: {', '.join(VARIANTS)}")
@@ -79,6 +82,8 @@ class Needle:
             raise ValueError("the haystack is an empty text")
         self._tokenizer, self._lengths, self._variants = tokenizer, sorted(lengths), tuple(variants)
         self._count, self._depths, self._seed = count, depths, seed
+        for variant in self._variants:  # a length too short for one is known before others are answered
+            self._example(variant, self._lengths[0], 0)
 
     def __len__(self) -> int:
         return len(self._variants) * len(self._lengths) * self._count

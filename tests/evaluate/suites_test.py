@@ -184,7 +184,7 @@ def test_needle_refuses():
     with pytest.raises(ValueError, match="'single_9' is unknown; legal: single_1"):
         Needle(TOKENIZER, [900], TEXT, variants=["single_9"])
     with pytest.raises(ValueError, match="needle single_1 at --lengths=200: the shortest prompt has"):
-        list(Needle(TOKENIZER, [200], TEXT).examples())
+        Needle(TOKENIZER, [200], TEXT)
     with pytest.raises(ValueError, match="empty text"):
         Needle(TOKENIZER, [900], " \n")
 
