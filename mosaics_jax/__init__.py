@@ -13,11 +13,14 @@ _PUBLIC = {
     "save_safetensors": "mosaics_jax.export",
     "load_safetensors": "mosaics_jax.export",
 }
+_MODULES = ("explore",)
 
-__all__ = ["generate", "init", "load", "load_safetensors", "save_safetensors"]
+__all__ = ["explore", "generate", "init", "load", "load_safetensors", "save_safetensors"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"mosaics_jax.{name}")
     raise AttributeError(f"module 'mosaics_jax' has no attribute {name!r}; public: {', '.join(__all__)}")

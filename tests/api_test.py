@@ -107,11 +107,13 @@ def test_init_names_a_bad_field():
 
 
 def test_the_public_names_are_these():
-    assert mosaics_jax.__all__ == ["generate", "init", "load", "load_safetensors", "save_safetensors"]
-    for name in mosaics_jax.__all__:
+    functions = ["generate", "init", "load", "load_safetensors", "save_safetensors"]
+    assert mosaics_jax.__all__ == ["explore", *functions]
+    for name in functions:
         assert callable(getattr(mosaics_jax, name))
+    assert callable(mosaics_jax.explore.look)
     assert mosaics_jax.generate is decode.generate
-    with pytest.raises(AttributeError, match=r"has no attribute 'train_model'; public: generate, init, load"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'train_model'; public: explore, generate, init, load"):
         _ = mosaics_jax.train_model
 
 

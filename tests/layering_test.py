@@ -27,7 +27,7 @@ FLOORS = [
     {"mosaics_jax.loss", "mosaics_jax.optimizer"},
     {"mosaics_jax.program", "mosaics_jax.step", "mosaics_jax.metrics", "mosaics_jax.decode", "mosaics_jax.export"},
     {"mosaics_jax.checkpoint", "mosaics_jax.roofline", "mosaics_jax.processes"},
-    {"mosaics_jax.train", "mosaics_jax.api", "mosaics_jax.evaluate"},
+    {"mosaics_jax.train", "mosaics_jax.api", "mosaics_jax.evaluate", "mosaics_jax.explore"},
     {"mosaics_jax.plan"},
     {"mosaics_jax.plan_report"},
     {"launch"},

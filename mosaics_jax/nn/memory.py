@@ -10,7 +10,7 @@ from mosaics_jax import collectives, dims, visibility
 from mosaics_jax.config import ModelConfig
 from mosaics_jax.nn import layers
 from mosaics_jax.nn.cache import fill, followed, write
-from mosaics_jax.nn.features import KeyExtractor, ValueExtractor
+from mosaics_jax.nn.features import KeyExtractor, Keys, ValueExtractor
 from pallas_kernels.leaky_average import LeakyState
 from pallas_kernels.retrieval import retrieve
 
@@ -40,6 +40,18 @@ class Context(NamedTuple):
         key_BSHK, value_BSHK = (collectives.with_preceding(array, window - 1) for array in (key_BTHK, value_BTHK))
         before = key_BSHK.shape[1] - key_BTHK.shape[1]
         return key_BSHK, value_BSHK, interval.among(self.first - before)
+
+
+class Trace(NamedTuple):
+    """What the reads of some positions are made of. Gates and decays are None where keys are not averages."""
+
+    query_BTHK: jax.Array
+    key_BTHK: jax.Array
+    value_BTHK: jax.Array
+    bandwidth_BTH: jax.Array
+    interval: visibility.Interval
+    log_gate_BTH: jax.Array | None = None
+    log_decay_BTH: jax.Array | None = None
 
 
 class MemoryCache(NamedTuple):
@@ -87,19 +99,30 @@ class AssociativeMemory(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Reads o_BTHK, and the memory's health: visible pairs, and least, mean, greatest gate, decay, bandwidth."""
-        output_BTHK, health, _ = self._read_rows(x_BTD, context)
+        output_BTHK, trace, keys, _ = self._read_rows(x_BTD, context)
+        health = {
+            "pairs": trace.interval.count_BT.sum(dtype=jnp.float32),
+            "log_gate": _range(keys.log_gate_BTH),
+            "decay": _range(jnp.exp(keys.log_decay_BTH)),
+            "bandwidth": _range(trace.bandwidth_BTH),
+        }
         return output_BTHK, health
+
+    def trace(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Trace]:
+        """Reads o_BTHK, and what they are made of."""
+        output_BTHK, trace, _, _ = self._read_rows(x_BTD, context)
+        return output_BTHK, trace
 
     def prefill(
         self, x_BTD: jax.Array, context: Context, length_B: jax.Array, max_length: int
     ) -> tuple[jax.Array, MemoryCache]:
         """Reads, and the cache after the rows' last position. Row b's prompt is its last `length_B[b]` positions."""
-        output_BTHK, _, (key_BTHK, raw_BTHK, value_BTHK, state) = self._read_rows(x_BTD, context)
+        output_BTHK, trace, keys, raw_BTHK = self._read_rows(x_BTD, context)
         capacity = self._capacity(max_length)
         cache = MemoryCache(
-            fill(key_BTHK, length_B, length_B - 1, capacity),
-            fill(value_BTHK, length_B, length_B - 1, capacity),
-            key_BTHK[:, -1], raw_BTHK[:, -1], state,
+            fill(keys.key_BTHK, length_B, length_B - 1, capacity),
+            fill(trace.value_BTHK, length_B, length_B - 1, capacity),
+            keys.key_BTHK[:, -1], raw_BTHK[:, -1], keys.state,
         )  # fmt: skip
         return output_BTHK, cache
 
@@ -145,9 +168,8 @@ class AssociativeMemory(nnx.Module):
             return visibility.short_term(context.document_start_BT, self.config.window, context.first)
         return visibility.long_term(context.document_start_BT, context.delay, context.first)
 
-    def _read_rows(
-        self, x_BTD: jax.Array, context: Context
-    ) -> tuple[jax.Array, dict[str, jax.Array], tuple[jax.Array, jax.Array, jax.Array, LeakyState]]:
+    def _read_rows(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Trace, Keys, jax.Array]:
+        """The reads o_BTHK, what they are made of, and what decoding goes on from: the keys, and ṽ_BTHK."""
         keys = self.key(x_BTD, context.position_BT == 0)
         raw_BTHK = self.value.raw(x_BTD)
         value_BTHK = self.value.values(raw_BTHK, context.document_start_BT)
@@ -156,13 +178,10 @@ class AssociativeMemory(nnx.Module):
         output_BTHK, bandwidth_BTH = self._read(
             keys.key_BTHK, *context.seen(keys.key_BTHK, value_BTHK, interval, window)
         )
-        health = {
-            "pairs": interval.count_BT.sum(dtype=jnp.float32),
-            "log_gate": _range(keys.log_gate_BTH),
-            "decay": _range(jnp.exp(keys.log_decay_BTH)),
-            "bandwidth": _range(bandwidth_BTH),
-        }
-        return output_BTHK, health, (keys.key_BTHK, raw_BTHK, value_BTHK, keys.state)
+        trace = Trace(
+            keys.key_BTHK, keys.key_BTHK, value_BTHK, bandwidth_BTH, interval, keys.log_gate_BTH, keys.log_decay_BTH
+        )
+        return output_BTHK, trace, keys, raw_BTHK
 
     def _read(
         self, query_BTHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, interval: visibility.Interval

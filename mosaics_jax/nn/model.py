@@ -102,6 +102,14 @@ class LanguageModel(nnx.Module):
           document_BT: any integers; a change starts a document, across which nothing is read. None: one document a row.
           delay: m of the long-term memory; None is inference's `config.delay_min`.
         """
+        tokens_BT, context = self.checked(tokens_BT, document_BT, delay)
+        x_BTD, _ = self.hidden(tokens_BT, context)
+        return self.logits(x_BTD)
+
+    def checked(
+        self, tokens_BT: jax.Array, document_BT: jax.Array | None = None, delay: jax.Array | int | None = None
+    ) -> tuple[jax.Array, Context]:
+        """The arguments of a call as the blocks take them. Raises ValueError for what the model cannot read."""
         tokens_BT = jnp.asarray(tokens_BT)
         if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
             raise ValueError(f"tokens_BT is {tokens_BT.dtype}{list(tokens_BT.shape)}; legal: integers [B, T]")
@@ -119,8 +127,7 @@ class LanguageModel(nnx.Module):
         delay = self.config.delay_min if delay is None else delay
         if isinstance(delay, int) and delay < 1:  # a pair is complete one position later
             raise ValueError(f"delay is {delay}; legal: 1 or more")
-        x_BTD, _ = self.hidden(tokens_BT, Context(visibility.document_start(document_BT), delay))
-        return self.logits(x_BTD)
+        return tokens_BT, Context(visibility.document_start(document_BT), delay)
 
     def hidden(self, tokens_BT: jax.Array, context: Context) -> tuple[jax.Array, dict[str, Any]]:
         """What the classifier reads, x_BTD, and the health of every memory with a leading layer dimension."""

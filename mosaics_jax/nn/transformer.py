@@ -10,7 +10,7 @@ from mosaics_jax import dims, visibility
 from mosaics_jax.config import ModelConfig
 from mosaics_jax.nn import layers
 from mosaics_jax.nn.cache import fill, followed, write
-from mosaics_jax.nn.memory import Context
+from mosaics_jax.nn.memory import Context, Trace
 from pallas_kernels.retrieval import retrieve
 
 _PROJECTION = (dims.WIDTH, dims.HEADS, dims.HEAD_WIDTH)
@@ -41,22 +41,27 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Reads o_BTHK, and the number of visible pairs."""
+        output_BTHK, trace = self.trace(x_BTD, context)
+        return output_BTHK, {"pairs": trace.interval.count_BT.sum(dtype=jnp.float32)}
+
+    def trace(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Trace]:
+        """Reads o_BTHK, and what they are made of."""
         query_BTHK, key_BTHK, value_BTHK = self._project(x_BTD, context.position_BT)
         interval = self._interval(context)
-        health = {"pairs": interval.count_BT.sum(dtype=jnp.float32)}
         window = self.config.window if self.kind == "short" else None
-        return self._read(query_BTHK, *context.seen(key_BTHK, value_BTHK, interval, window)), health
+        output_BTHK, bandwidth_BTH = self._read(query_BTHK, *context.seen(key_BTHK, value_BTHK, interval, window))
+        return output_BTHK, Trace(query_BTHK, key_BTHK, value_BTHK, bandwidth_BTH, interval)
 
     def prefill(
         self, x_BTD: jax.Array, context: Context, length_B: jax.Array, max_length: int
     ) -> tuple[jax.Array, AttentionCache]:
         """Reads, and the cache after the rows' last position. Row b's prompt is its last `length_B[b]` positions."""
-        query_BTHK, key_BTHK, value_BTHK = self._project(x_BTD, context.position_BT)
+        output_BTHK, trace = self.trace(x_BTD, context)
         capacity = min(self.config.window, max_length) if self.kind == "short" else max_length
         cache = AttentionCache(
-            fill(key_BTHK, length_B, length_B, capacity), fill(value_BTHK, length_B, length_B, capacity)
+            fill(trace.key_BTHK, length_B, length_B, capacity), fill(trace.value_BTHK, length_B, length_B, capacity)
         )
-        return self._read(query_BTHK, key_BTHK, value_BTHK, self._interval(context)), cache
+        return output_BTHK, cache
 
     def decode(self, x_B1D: jax.Array, cache: AttentionCache, count_B: jax.Array) -> tuple[jax.Array, AttentionCache]:
         """The read of one more position, of which each row has `count_B` before it."""
@@ -69,7 +74,8 @@ class Attention(nnx.Module):
         else:
             stop_B = jnp.minimum(count_B + 1, cache.key_BSHK.shape[1])
         interval = visibility.Interval(jnp.zeros_like(stop_B)[:, None], stop_B[:, None])
-        return self._read(query_B1HK, cache.key_BSHK, cache.value_BSHK, interval), cache
+        output_B1HK, _ = self._read(query_B1HK, cache.key_BSHK, cache.value_BSHK, interval)
+        return output_B1HK, cache
 
     def follow(self, x_BCD: jax.Array, cache: AttentionCache, count_B: jax.Array) -> jax.Array:
         """The reads of C more positions at once, of which each row has `count_B` before them; nothing is kept."""
@@ -85,7 +91,7 @@ class Attention(nnx.Module):
         last = self.config.delay_min if self.kind == "long" else 0
         stop_BC = jnp.maximum(position_BC - last + 1, 0)
         interval = visibility.Interval(start_BC, stop_BC).among((count_B - cache.key_BSHK.shape[1])[:, None])
-        return self._read(query_BCHK, key_BSHK, value_BSHK, interval)
+        return self._read(query_BCHK, key_BSHK, value_BSHK, interval)[0]
 
     def _project(self, x_BTD: jax.Array, position_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         query_BTHK, key_BTHK, value_BTHK = (
@@ -103,12 +109,13 @@ class Attention(nnx.Module):
 
     def _read(
         self, query_BTHK: jax.Array, key_BSHK: jax.Array, value_BSHK: jax.Array, interval: visibility.Interval
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
         bandwidth_BTH = jnp.full(query_BTHK.shape[:3], self.config.head_width**-0.5, jnp.float32)
-        return retrieve(
+        output_BTHK = retrieve(
             query_BTHK, key_BSHK, value_BSHK, bandwidth_BTH, interval.start_BT, interval.stop_BT,
             implementation=self.config.operation_path,
         )  # fmt: skip
+        return output_BTHK, bandwidth_BTH
 
 
 def rotate(x_BTHK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
