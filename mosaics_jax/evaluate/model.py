@@ -156,10 +156,13 @@ class RunModel:
         return self.mesh.shape[dims.DATA] * self.mesh.shape[dims.FSDP]
 
     def _filled(self, rows: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
-        """As many rows as a batch of their length has, the missing ones being one token; and that length, rounded."""
-        longest = max(map(len, rows))
-        count = max(len(rows), self.rows_at_once(longest))
-        count += -count % self._shards
+        """The rows, up to a power of two of them (or a whole batch) by rows of one token; their length, rounded up.
+
+        So few sizes are compiled, whatever the last batch of a condition has.
+        """
+        longest, shards = max(map(len, rows)), self._shards
+        count = -(-(2 ** math.ceil(math.log2(len(rows)))) // shards) * shards
+        count = max(len(rows) + -len(rows) % shards, min(count, self.rows_at_once(longest)))
         return [*rows, *[np.array([self.tokenizer.begin], np.int32)] * (count - len(rows))], _rounded(longest)
 
     def _program(
