@@ -5,7 +5,7 @@ Command:  python -m launch.train --config=configs/extend_32k.py:large,256 --conf
           tiny: --config=configs/extend_32k.py:tiny, on a corpus with documents of 32,768 tokens.
           A run whose model had overrides needs them again; the message names them.
 Fit:      python -m launch.plan --config=configs/extend_32k.py:large,256 --devices=256   (docs/results/plan.md)
-Cost:     tiny: about 15 s a step on two CPU cores. small and large: not measured.
+Cost:     tiny: less than a minute a step on two CPU cores. small and large: not measured.
 Expected: in the paper one step gains 22 points of 32k question answering, and two reach the optimum: steps 1, 2, 4, ...
           are evaluated and kept, for `python -m launch.evaluate --step=1`. Not measured here for small and large.
 

@@ -171,11 +171,11 @@ class Classification:
                         percents = [report.percent(of[(*way, n)]) for n in self._shots]
                         rows.append([name, labels, f"{way[0]}, {way[1]}", *percents])
                     rows.append([name, labels, "**best of four**", *(f"**{report.percent(one)}**" for one in best)])
-                    series = [report.curve("best of four", self._shots, best)]
-                    series += [
+                    series = [
                         report.curve(f"{way[0]}, {way[1]}", self._shots, [of[(*way, n)] for n in self._shots])
                         for way in PROMPTS
                     ]
+                    series.append({**report.curve("best of four", self._shots, best), "main": True})
                     chance = {"chance": 1 / len(self._by_label[name])}
                     data = report.lines(
                         f"{name}, {labels} labels: {title}", "number of shots", "accuracy", series, levels=chance

@@ -37,7 +37,8 @@ def _draw_lines(axes: Any, both: list[Mapping[str, Any]]) -> None:
             name = f"{series['label']} ({data['model']})" if "model" in data else series["label"]
             axes.errorbar(
                 series["x"], series["y"], series.get("error"), label=name, color=_COLOURS[place % len(_COLOURS)],
-                linestyle="--" if number else "-", marker="o", markersize=3, capsize=2, linewidth=1.4,
+                linestyle="--" if number else "-", linewidth=2.4 if series.get("main") else 1.2,
+                marker="o", markersize=3, capsize=2,
             )  # fmt: skip
     data = both[0]
     axes.set(title=data["title"], xlabel=data["x"], ylabel=data["y"])

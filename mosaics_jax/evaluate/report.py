@@ -31,7 +31,10 @@ class Report(NamedTuple):
 
 
 def lines(title: str, x: str, y: str, series: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
-    """The data of curves: each series has a label, x, y and, where known, error (one standard error)."""
+    """The data of curves: each series has a label, x, y and, where known, error (one standard error).
+
+    A series that is `main` is drawn thicker.
+    """
     return {"kind": "lines", "title": title, "x": x, "y": y, "series": list(series), **more}
 
 

@@ -50,7 +50,9 @@ def evaluate(
         if jax.process_index() == 0:
             report.save(found, directory, name, about)
             for figure in found.figures if compare else ():
-                _compare(figure, others[name], directory, workdir.name, pathlib.Path(compare).name)
+                _compare(
+                    figure, others[name], directory, f"{workdir.name} {variant}".strip(), pathlib.Path(compare).name
+                )
             yield report.markdown(found, name, about)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(name)
