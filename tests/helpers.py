@@ -1,5 +1,6 @@
 """A corpus and a config small enough that a training step takes milliseconds."""
 
+import os
 import pathlib
 import random
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from mosaics_jax import config as config_lib
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.prepare import prepare
+
+# For processes that compute much: conftest.py has programs compiled for little compilation.
+OPTIMISED = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
 
 _WORDS = ("the", "memory", "reads", "a", "key", "and", "value", "from", "past", "it", "keeps", "what", "has", "seen")
 
