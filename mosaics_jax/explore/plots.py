@@ -12,6 +12,7 @@ from mosaics_jax.explore.look import Look, answered, weight_by_distance
 
 _COLOURS = ("#1f5aa6", "#c8442f", "#3d8b4f", "#8a5aa8", "#b8862b", "#4a9aa5", "#7d7d7d", "#d07aa2")
 _MOST_TICKS = 120
+_WORTH_A_WORD = 0.1  # of the heaviest answer's weight
 _FAINTEST = 1e-4  # of the greatest weight: far from the text's beginning a mean is of few reads, and may be tiny
 
 
@@ -75,7 +76,7 @@ def plot_answer(
     figure, (axes,) = _figure(1, (max(6.0, min(0.16 * len(labels), 20)), 3.2))
     axes.bar([a.stored for a in answers], [a.weight for a in answers], color=_COLOURS[0], width=0.8)
     axes.axvline(position, color=_COLOURS[1], linewidth=1.2)
-    for answer in answers[:3]:
+    for answer in (answer for answer in answers[:3] if answer.weight > _WORTH_A_WORD * answers[0].weight):
         after = "nothing yet" if answer.stored == position else all_labels[answer.stored + 1]
         axes.annotate(
             f"then {after}", (answer.stored, answer.weight), xytext=(0, 3), textcoords="offset points",
