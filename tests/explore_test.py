@@ -167,7 +167,7 @@ def test_kernel_regression_of_numbers():
 def test_token_labels():
     tokenizer = ByteTokenizer()
     ids = [tokenizer.begin, *tokenizer.encode("a \n$é"), tokenizer.end]
-    assert explore.token_labels(tokenizer, ids) == ["<begin>", "a", "␣", "⏎", "$", "�", "�", "<end>"]
+    assert explore.token_labels(tokenizer, ids) == ["⊢", "a", "␣", "⏎", "$", "�", "�", "⊣"]
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def kernel_regression(
 
 def token_labels(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
     """What each token says, for the ticks of a plot: white space as visible signs, a part of a character as �."""
-    marks = {tokenizer.begin: "<begin>", tokenizer.end: "<end>"}
+    marks = {tokenizer.begin: "⊢", tokenizer.end: "⊣"}
     texts = [marks.get(int(token)) or tokenizer.decode([int(token)]) for token in ids]
     return ["".join(_SIGNS.get(letter, letter) for letter in text) for text in texts]
 
