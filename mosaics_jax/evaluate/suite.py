@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.evaluate.model import Model
 from mosaics_jax.evaluate.report import Report
+
+_SECONDS = 30  # between lines of progress
 
 
 class Example(NamedTuple):
@@ -58,7 +61,11 @@ def run(suite: Suite, model: Model, directory: pathlib.Path) -> Report:
     records = read_records(path)
     order = []
     first = jax.process_index() == 0  # every process computes, one writes
-    with tqdm(total=len(suite), desc=suite.name, unit="example", dynamic_ncols=True, disable=not _bar()) as bar:
+    shown = sys.stderr.isatty()
+    said = time.monotonic()
+    with tqdm(
+        total=len(suite), desc=suite.name, unit="example", dynamic_ncols=True, disable=not (first and shown)
+    ) as bar:
         for batch in _batches(suite, model):
             order += [example.key for example in batch]
             missing = [example for example in batch if example.key not in records]
@@ -68,6 +75,9 @@ def run(suite: Suite, model: Model, directory: pathlib.Path) -> Report:
                 if first:
                     _append(path, [(example.key, records[example.key]) for example in missing])
             bar.update(len(batch))
+            if first and not shown and time.monotonic() - said > _SECONDS:  # a log has lines instead
+                print(f"{suite.name}: {len(order)} of {len(suite)} examples", file=sys.stderr, flush=True)
+                said = time.monotonic()
     return suite.report([records[key] for key in order])
 
 
@@ -119,7 +129,3 @@ def _batches(suite: Suite, model: Model) -> Iterator[list[Example]]:
         longest = max(longest, example.length)
     if batch:
         yield batch
-
-
-def _bar() -> bool:
-    return sys.stderr.isatty() and jax.process_index() == 0
