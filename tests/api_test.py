@@ -11,10 +11,11 @@ import pytest
 
 import mosaics_jax
 from mosaics_jax import decode
-from mosaics_jax.checkpoint import Checkpoints, RunRecord, write_run_record
+from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, default_config, load_config
 from mosaics_jax.data.tokenizer import ByteTokenizer
 from mosaics_jax.nn.model import from_values, to_values
+from mosaics_jax.record import RunRecord, write_run_record
 from mosaics_jax.step import TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
