@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`. A ValueError, or a flag that is wrong, is one line on stderr and exit 2."""
+def run(main: Callable[..., None], argument: str = "") -> None:
+    """Parses the flags and runs `main`. A ValueError, or a flag that is wrong, is one line on stderr and exit 2.
+
+    Where `argument` is given, the command takes one, of that name, and `main` gets it.
+    """
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:
@@ -17,13 +20,15 @@ def run(main: Callable[[], None]) -> None:
             _fail(_last_error(str(error)) + "; --help lists the flags")
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # a config or an override
             _fail(_plain(error))
-        if len(rest) > 1:
-            _fail(f"unexpected argument {rest[1]!r}; --help lists the flags")
+        if argument and len(rest) == 1:
+            _fail(f"{argument} is not given; --help says what it is")
+        if len(rest) > 1 + bool(argument):
+            _fail(f"unexpected argument {rest[1 + bool(argument)]!r}; --help lists the flags")
         return rest
 
-    def guarded(_: Sequence[str]) -> None:
+    def guarded(argv: Sequence[str]) -> None:
         try:
-            main()
+            main(*argv[1:])
         except ValueError as error:
             _fail(_plain(error))
 

@@ -26,7 +26,8 @@ def use_cache(config: RunConfig, workdir: pathlib.Path) -> str:
         beside = workdir.absolute().parent / "compilation_cache"
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(beside)
     if (jax.config.jax_compilation_cache_dir or "") != folder:
-        compilation_cache.reset_cache()
+        if jax.config.jax_compilation_cache_dir:
+            compilation_cache.reset_cache()  # which else keeps the folder that it was first used with
         jax.config.update("jax_compilation_cache_dir", folder or None)
     if folder:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

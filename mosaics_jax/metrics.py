@@ -13,7 +13,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from mosaics_jax.config import Config
+from mosaics_jax.config import CheckpointConfig, Config
 from mosaics_jax.nn.model import matmul_weights
 
 # Dense bfloat16 FLOP/s by `device_kind`, from the makers' data sheets. A device that is not here has no MFU.
@@ -88,7 +88,7 @@ class MetricWriter:
     The first record of every life is a "start".
     """
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, saves: CheckpointConfig):
         self._active = jax.process_index() == 0
         self._bar = tqdm(disable=True)  # until the run's length is known
         if not self._active:
@@ -96,7 +96,8 @@ class MetricWriter:
         _end_last_line(workdir / "metrics.jsonl")
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(str(workdir / "tensorboard"))
-        self.write("start", {"processes": jax.process_count(), "devices": jax.device_count()})
+        devices = {"processes": jax.process_count(), "devices": jax.device_count()}
+        self.write("start", {**devices, "interval": saves.local_every if saves.local_dir else saves.every})
 
     def begin(self, total_steps: int, first_step: int) -> None:
         """Shows the bar."""

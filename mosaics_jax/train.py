@@ -50,7 +50,7 @@ def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = F
         if config.checkpoint.local_dir:
             local = LocalCheckpoints(config.checkpoint.local_dir, workdir)
             stack.callback(local.close)
-        writer = stack.enter_context(contextlib.closing(metrics.MetricWriter(workdir)))
+        writer = stack.enter_context(contextlib.closing(metrics.MetricWriter(workdir, config.checkpoint)))
         watchdog = Watchdog(workdir, config.run, jax.process_index(), jax.process_count())
         watchdog.start()
         stack.callback(watchdog.stop)

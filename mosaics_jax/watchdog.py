@@ -113,7 +113,7 @@ class Watchdog:
                 at = self._at
                 limit, waited = self.patience(at.phase), time.monotonic() - at.since
                 # Should this thread never run again, as under a call that holds the interpreter: without Python.
-                faulthandler.dump_traceback_later(2 * limit + 60, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(2 * limit + 60, exit=True, file=sys.__stderr__ or 2)
                 if waited > limit:
                     self._end(at, waited, limit)
 
