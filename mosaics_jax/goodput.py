@@ -156,8 +156,8 @@ def table(found: Goodput) -> str:
         [
             *lines,
             "",
-            f"{len(ends)} lives ({told}); {found.total:,.1f} s of wall time; {found.lost_steps:,} steps computed twice, "
-            f"of which an interval of {found.interval} steps cannot save {found.unavoidable_steps:,}.",
+            f"{len(ends)} lives ({told}); {found.total:,.1f} s of wall time; {found.lost_steps:,} steps computed "
+            f"twice, of which an interval of {found.interval} steps cannot save {found.unavoidable_steps:,}.",
             f"Goodput {found.goodput:.1%}; with saves that take no time {best:.1%}: {found.goodput / best:.1%} of it.",
         ]
     )

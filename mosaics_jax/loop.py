@@ -113,7 +113,7 @@ class Loop:
         if first_step < run.steps:
             with self._watchdog.phase("compile"):
                 train_step = self._compile(state, first_step)
-        self._watchdog.step(first_step)
+        self._watchdog.begin(first_step)
         self._clock, self._clock_step, self._first_step = time.perf_counter(), first_step, first_step
         self._waited = 0.0  # for data, since the clock was set
         self._saved = first_step

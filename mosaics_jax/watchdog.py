@@ -74,6 +74,10 @@ class Watchdog:
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
+    def begin(self, done: int) -> None:
+        """Steps follow. The first counts as a phase: whoever is ready waits for those that still compile."""
+        self._at = _At(done, "first step", time.monotonic())
+
     def step(self, number: int) -> None:
         """Step `number` is done."""
         at, now = self._at, time.monotonic()
