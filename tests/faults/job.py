@@ -43,7 +43,10 @@ class Job:
                 *helpers.command_line(config), f"--workdir={workdir}", f"--coordinator=localhost:{port}",
                 f"--processes={ranks}", f"--process={rank}", "--wait=60", f"--heartbeat={heartbeat}",
             ]  # fmt: skip
-            environment = helpers.OPTIMISED | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+            # Little compilation: on a CPU every rank but the first compiles in every life (jax's cache key).
+            environment = helpers.OPTIMISED | {
+                "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            }  # fmt: skip
             with open(self._log(rank), "ab") as log:
                 self._ranks.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)

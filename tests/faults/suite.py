@@ -26,7 +26,7 @@ from mosaics_jax import goodput
 from mosaics_jax.config import Config
 from mosaics_jax.watchdog import HUNG
 
-STEPS, EVERY = 48, 8
+STEPS, EVERY = 36, 6
 
 
 @dataclasses.dataclass(frozen=True)
