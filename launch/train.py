@@ -3,9 +3,11 @@
 python -m launch.train --config=configs/tiny.py --workdir=runs/tiny --config.data.path=data/python
 """
 
+import os
 import re
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -30,7 +32,11 @@ _PROCESS = flags.DEFINE_integer("process", None, "the number of this one, from 0
 _WAIT = flags.DEFINE_integer("wait", 300, "seconds in which all processes must have come")
 _HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent process is taken for dead")
 
-PREEMPTED = 75  # the exit code of a run that was told to stop, and saved: the same command goes on
+# Exit codes; the same command goes on after each but STOPPED and 2, for which somebody must look (launch/README.md).
+FAILED = 1
+STOPPED = 3  # too many steps in a row were skipped
+PREEMPTED = 75  # told to stop, and saved
+# and 70: it stood still (mosaics_jax/watchdog.py)
 
 
 def main() -> None:
@@ -43,16 +49,32 @@ def main() -> None:
     except OSError as error:  # config_flags keeps a failure to load until the config is read
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise ValueError(f"no config file {name!r}; the shipped ones are in configs/") from error
-    from mosaics_jax.processes import connect
-    from mosaics_jax.train import TrainingStopped, train  # after the flags: a typo is answered before JAX loads
+    from mosaics_jax.processes import Missing, alone, connect
+    from mosaics_jax.train import SaveFailed, TrainingStopped, train  # after the flags: a typo is answered before JAX
 
     connect(_place(), _WAIT.value, _HEARTBEAT.value)
     try:
         finished = train(config, _WORKDIR.value, _ACCEPT_NEW_DATA.value) is not None
     except TrainingStopped as error:
-        sys.exit(f"stopped: {error}")
+        _leave(STOPPED, f"stopped: {error}")
+    except (SaveFailed, Missing) as error:
+        _leave(FAILED, f"failed: {error}")
+    except Exception as error:
+        if alone():
+            raise
+        if isinstance(error, ValueError):
+            _leave(2, f"error: {' '.join(str(error).split())}")
+        _leave(FAILED, traceback.format_exc())
     if not finished:
         sys.exit(PREEMPTED)
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    """Ends this process, and does not wait for the others as a usual end would: they may never come."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _place() -> Any:

@@ -30,9 +30,6 @@ _ARRAYS = ("params", "optimizer", "counters")
 _VERIFIED = "verified.json"
 _PIECE = 1 << 24  # bytes of a file that are looked at, at a time
 
-# Orbax reports every save and every read-only opening in many lines; what fails, it raises.
-logging.getLogger("absl").setLevel(logging.ERROR)
-
 
 class SaveFailed(RuntimeError):
     """A checkpoint could not be written: a disk that is full, or away. The one before it is untouched."""
@@ -53,6 +50,8 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
         """Without `config` the directory is opened for reading only."""
+        # Orbax reports every save and every read-only opening in many lines; what fails, it raises.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         self._workdir, self._config = workdir.absolute(), config
         self._directory = self._workdir / "checkpoints"
         if config and jax.process_index() == 0:

@@ -271,9 +271,7 @@ class Loop:
         for save in saves:
             self._writer.write("save", save)
             if problem := save.get("problem"):
-                self._writer.say(
-                    f"checkpoint {save['step']} was not what it should be on the disk, and set aside: {problem}"
-                )
+                self._writer.say(f"checkpoint {save['step']} is not on the disk what it was, and set aside: {problem}")
             elif save["tier"] == "durable":
                 self._writer.say(
                     f"checkpoint {save['step']}: written in {save['seconds']:.2f} s, for which training stood still "

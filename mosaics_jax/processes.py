@@ -62,6 +62,11 @@ def connect(given: Place | None, wait: int, heartbeat: int) -> None:
     )  # fmt: skip
 
 
+def alone() -> bool:
+    """Whether this run has one process."""
+    return jax.process_count() == 1
+
+
 def from_environment(wait: int) -> Place | None:
     """What Slurm, Open MPI, or the environment of launch/kubernetes/train.yaml says; None where none is there."""
     env = os.environ

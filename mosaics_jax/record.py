@@ -7,10 +7,12 @@ from typing import Any
 
 from mosaics_jax.config import Config, differences, with_new_fields
 
-# Fields that may change between restarts: they move no number beyond the rounding of a reduction.
+# Fields that may change between restarts: they move no number beyond the rounding of a reduction, and spike_sigma none
+# but of steps that it skips, which metrics.jsonl names.
 FREE_FIELDS = frozenset(
     {"data.path", "data.workers", "data.prefetch", "run.accumulation", "run.log_every", "run.max_skipped"}
     | {"run.eval_every", "run.eval_steps", "run.eval_batches", "run.deterministic", "run.compilation_cache"}
+    | {"run.spike_sigma"}
     | {f"run.watchdog_{name}" for name in ("factor", "seconds", "phase_seconds")}
     | {f"checkpoint.{field.name}" for field in dataclasses.fields(Config().checkpoint)}
     | {f"mesh.{field.name}" for field in dataclasses.fields(Config().mesh)}

@@ -58,23 +58,22 @@ class Job:
     def log(self, rank: int = 0) -> str:
         return self._log(rank).read_text(errors="replace")
 
-    def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
+    def signal(self, number: int, ranks: Sequence[int] | None = None) -> Sequence[int]:
         """To the processes themselves, as a scheduler sends it; SIGKILL reaches their data workers too."""
-        for rank in range(len(self._ranks)) if ranks is None else ranks:
+        ranks = range(len(self._ranks)) if ranks is None else ranks
+        for rank in ranks:
             if self._ranks[rank].poll() is None:
                 if number == signal.SIGKILL:
                     os.killpg(self._ranks[rank].pid, number)
                 else:
                     self._ranks[rank].send_signal(number)
+        return ranks
 
     def workers(self, rank: int = 0) -> list[int]:
         """The process numbers of a rank's data workers."""
-        children = pathlib.Path(f"/proc/{self._ranks[rank].pid}/task/{self._ranks[rank].pid}/children").read_text()
-        found = []
-        for pid in map(int, children.split()):
-            if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-        return found
+        threads = pathlib.Path(f"/proc/{self._ranks[rank].pid}/task").iterdir()
+        children = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+        return [pid for pid in children if b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def running(self) -> bool:
         return all(rank.poll() is None for rank in self._ranks)
@@ -107,9 +106,10 @@ class Job:
             rank.wait()
         return [rank.returncode for rank in self._ranks]
 
-    def failed_after(self, since: float, seconds: float = 120) -> float:
-        """Seconds from `since` until the first process ends by itself."""
-        while self.running():
+    def failed_after(self, since: float, struck: Sequence[int], seconds: float = 120) -> float:
+        """Seconds from `since` until a process ends that was not struck itself."""
+        others = [rank for number, rank in enumerate(self._ranks) if number not in struck]
+        while others and all(rank.poll() is None for rank in others):
             assert time.monotonic() - since < seconds, self.log()[-3000:]
             time.sleep(0.01)
         return time.monotonic() - since

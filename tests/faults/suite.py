@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import helpers
@@ -67,29 +67,29 @@ class Suite:
         return self._calm[key]
 
     def broken(
-        self, name: str, *, fault: str = "none", strike: Callable[[Job], None] | None = None, at: int = 2 * EVERY + 3,
-        between: Callable[[pathlib.Path], None] | None = None, ranks: int = 2, ranks_after: int | None = None,
-        config: Config | None = None, expected_codes: set[int] | None = None, heartbeat: int = 10,
+        self, name: str, *, fault: str = "none", strike: Callable[[Job], Sequence[int]] | None = None,
+        at: int = 2 * EVERY + 3, between: Callable[[pathlib.Path], None] | None = None, ranks: int = 2,
+        ranks_after: int | None = None, expected_codes: set[int] | None = None, heartbeat: int = 10,
     ) -> tuple[Outcome, Job, Job]:  # fmt: skip
         """A run that is struck once it is at a step, or that strikes itself, and is started again.
 
         Args:
           fault: what rank.py does inside the first life.
-          strike: what is done to it from outside, after step `at`.
+          strike: what is done to it from outside, after step `at`; returns the ranks that cannot tell of it.
           between: what is done to its files before the second life.
         """
-        config = config or self.config()
+        config = self.config()
         workdir = self.folder / name.replace(" ", "-")
         first = Job(config, workdir, ranks, fault, heartbeat)
-        since = time.monotonic()
+        struck: Sequence[int] = []
         if strike:
             assert first.wait_for(lambda: last_step(workdir) >= at), first.log()[-3000:]
             since = time.monotonic()
-            strike(first)
+            struck = strike(first)
         else:
             first.wait_for(lambda: last_step(workdir) >= at)
             since = time.monotonic()
-        detected = first.failed_after(since)
+        detected = first.failed_after(since, struck)
         codes = first.end()
         if expected_codes:
             assert set(codes) & expected_codes, (codes, first.log()[-3000:])
@@ -154,10 +154,10 @@ def stop(suite: Suite) -> Outcome:
 
 @_fault
 def killed_in_write(suite: Suite) -> Outcome:
-    def strike(job: Job) -> None:
+    def strike(job: Job) -> Sequence[int]:
         drafts = lambda: [p for p in (job.workdir / "checkpoints").iterdir() if "tmp" in p.name]  # noqa: E731
         job.wait_for(lambda: bool(drafts()))
-        job.signal(signal.SIGKILL)
+        return job.signal(signal.SIGKILL)
 
     return suite.broken("killed while a checkpoint is written", strike=strike)[0]
 
@@ -196,9 +196,9 @@ def _damaged(name: str, suite: Suite, spoil: Callable[[pathlib.Path], None]) -> 
         assert (newest / "verified.json").exists()
         spoil(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
 
-    def strike(job: Job) -> None:
+    def strike(job: Job) -> Sequence[int]:
         job.wait_for(lambda: (job.workdir / "checkpoints" / str(3 * EVERY) / "verified.json").exists())
-        job.signal(signal.SIGKILL)
+        return job.signal(signal.SIGKILL)
 
     outcome, _, second = suite.broken(name, strike=strike, between=between)
     assert "is damaged" in second.log()
@@ -258,9 +258,10 @@ def exploding(suite: Suite) -> Outcome:
 
 @_fault
 def worker_dies(suite: Suite) -> Outcome:
-    def strike(job: Job) -> None:
-        for worker in job.workers(1):
-            os.kill(worker, signal.SIGKILL)
+    def strike(job: Job) -> Sequence[int]:
+        (worker,) = job.workers(1)
+        os.kill(worker, signal.SIGKILL)
+        return []
 
     return suite.broken("a data worker that dies", strike=strike)[0]
 
