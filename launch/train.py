@@ -49,7 +49,7 @@ def main() -> None:
     except OSError as error:  # config_flags keeps a failure to load until the config is read
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise ValueError(f"no config file {name!r}; the shipped ones are in configs/") from error
-    from mosaics_jax.processes import Missing, alone, connect
+    from mosaics_jax.processes import Missing, alone, connect, roll_call
     from mosaics_jax.train import SaveFailed, TrainingStopped, train  # after the flags: a typo is answered before JAX
 
     connect(_place(), _WAIT.value, _HEARTBEAT.value)
@@ -64,7 +64,7 @@ def main() -> None:
             raise
         if isinstance(error, ValueError):
             _leave(2, f"error: {' '.join(str(error).split())}")
-        _leave(FAILED, traceback.format_exc())
+        _leave(FAILED, f"{traceback.format_exc()}failed: {roll_call() or 'all processes answer'}")
     if not finished:
         sys.exit(PREEMPTED)
 

@@ -158,6 +158,24 @@ def agree(problem: str, what: str) -> str:
     return next(filter(None, exchange(problem, what)), "")
 
 
+def roll_call(seconds: float = 5.0) -> str:
+    """After a failure: which processes do not answer within so many seconds, as text; "" where all do."""
+    if alone():
+        return ""
+    client: Any = distributed.global_state.client
+    deadline = time.monotonic() + seconds
+    missing = list(range(jax.process_count()))
+    try:
+        client.key_value_set(f"mosaics/roll/{jax.process_index()}", "here")
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.1)
+            came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get("mosaics/roll/")}
+            missing = [process for process in missing if process not in came]
+    except jax.errors.JaxRuntimeError:  # the service that holds the keys is process 0's
+        missing = [0]
+    return f"{_numbers(missing)} did not answer within {seconds:.0f} s; look at their logs first" if missing else ""
+
+
 def _told(client: Any, key: str, deadline: float) -> str | None:
     try:
         return client.blocking_key_value_get(key, max(1, int(1000 * (deadline - time.monotonic()))))
