@@ -1,25 +1,22 @@
 """What the commands share: one line on stderr and exit code 2 for what the user can mend."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags
+
+# What a config, or an override of one, is refused with: by absl, ml_collections and the parser of Python's literals.
+_REFUSALS = (
+    AttributeError, KeyError, MemoryError, OSError, OverflowError, RecursionError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+_MOST_SHOWN = 4000
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`. A ValueError, or a flag that is wrong, is one line on stderr and exit 2."""
-
-    def parse(argv: Sequence[str]) -> list[str]:
-        try:
-            rest = flags.FLAGS(list(argv))
-        except flags.Error as error:
-            _fail(_last_error(str(error)) + "; --help lists the flags")
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # a config or an override
-            _fail(_plain(error))
-        if len(rest) > 1:
-            _fail(f"unexpected argument {rest[1]!r}; --help lists the flags")
-        return rest
 
     def guarded(_: Sequence[str]) -> None:
         try:
@@ -32,7 +29,28 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Gives the `known` flags the values of a command line. What is wrong with it is one line on stderr and exit 2."""
+    for argument in argv[1:]:
+        override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if override and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", override[1]):
+            _fail(
+                f"{override[0]!r} names no field of the config; legal: --config.SECTION.FIELD=VALUE, listed by --help"
+            )
+    try:
+        rest = known(list(argv))
+    except flags.Error as error:
+        _fail(_last_error(str(error)) + "; --help lists the flags")
+    except _REFUSALS as error:
+        _fail(_plain(error))
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}; --help lists the flags")
+    return rest
+
+
 def _plain(error: Exception) -> str:
+    if isinstance(error, MemoryError | RecursionError):
+        return f"an override of the config is too deep to be read ({error})"
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if isinstance(error, AttributeError | KeyError) and " " not in message:  # a new name in a dictionary of the config
         name = message.strip("\"'")
@@ -47,6 +65,7 @@ def _last_error(message: str) -> str:
     return message.strip().splitlines()[-1].partition(": ")[2]
 
 
-def _fail(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _fail(message: str) -> NoReturn:
+    message = " ".join(message.split())
+    print(f"error: {message if len(message) <= _MOST_SHOWN else message[:_MOST_SHOWN] + '...'}", file=sys.stderr)
     sys.exit(2)
