@@ -1,5 +1,6 @@
 """What the commands share: one line on stderr and exit code 2 for what the user can mend."""
 
+import io
 import logging
 import re
 import sys
@@ -24,6 +25,8 @@ def run(main: Callable[[], None]) -> None:
         except ValueError as error:
             _fail(_plain(error))
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be what the terminal can show
     # JAX lists the accelerators that are not there; a run says what it runs on.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=parse)

@@ -65,12 +65,18 @@ class Stage:
             body = json.loads(stream.read(size))
         if body.pop("magic") != _MAGIC:
             raise ValueError(f"{str(path)!r} was made by another version; remove its folder")
-        return cls(path=str(path), **body)
+        made = cls(path=str(path), **body)
+        for counts in (made.bytes, made.documents, made.tokens, made.offsets):
+            if sorted(counts) != sorted(SPLITS) or any(
+                type(count) is not int or count < 0 for count in counts.values()
+            ):
+                raise ValueError(f"{str(path)!r} has a footer that is damaged; remove its folder")
+        return made
 
     @classmethod
     def find(cls, path: pathlib.Path) -> "Stage | None":
         """The stage at `path`, or None where it is absent or broken, and must be made."""
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
             return cls.open(path)
         return None
 
