@@ -32,7 +32,7 @@ def _check_weights(where: str, weights: Any) -> None:
     if not isinstance(weights, Mapping) or not weights:
         raise ValueError(f"{where} is {_shown(weights)}; legal: {{name: weight}}")
     for name, weight in weights.items():
-        if not isinstance(name, str) or "/" in name or name in ("", ".", "..") or not name.isprintable():
+        if not isinstance(name, str) or not _FOLDER.fullmatch(name) or name in (".", "..") or not name.isprintable():
             raise ValueError(f"{where} has the name {_shown(name)}; legal: the name of a folder in data.path")
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight <= _GREATEST_WEIGHT:
@@ -65,6 +65,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "block")
 PACKINGS = ("concat", "best_fit")
 IMPLEMENTATIONS = ("auto", "hopper", "reference", "xla")
+_FOLDER = re.compile("[^/]{1,255}")
 _INTEGERS = 2**31
 _GREATEST_WEIGHT = 1e100  # the sum of any number of them is finite
 _MOST_SHOWN = 300

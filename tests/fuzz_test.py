@@ -1,9 +1,12 @@
 """Whatever a user hands in gives a result, or a ValueError of our own, one line that names it; nothing half-written."""
 
 import contextlib
+import copy
+import json
 import linecache
 import pathlib
 import re
+import shutil
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +20,13 @@ from ml_collections import config_flags
 
 from launch import command
 from mosaics_jax import config as config_lib
+from mosaics_jax.data import bpe
+from mosaics_jax.data.check import describe_row, problems, summary
+from mosaics_jax.data.corpora import Corpora
+from mosaics_jax.data.corpus import Manifest
+from mosaics_jax.data.packing import plan_rows
+from mosaics_jax.data.prepare import prepare
+from mosaics_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 OURS = tuple(str(ROOT / package) for package in ("mosaics_jax", "launch", "pallas_kernels", "configs"))
@@ -73,6 +83,48 @@ scalars = st.none() | st.booleans() | numbers | texts
 json_like = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6
 )
+
+
+@st.composite
+def changed_json(draw: st.DrawFn, body: Any) -> Any:
+    """`body` with one to three places of it replaced, removed or added to, at any depth."""
+    root = {"": copy.deepcopy(body)}
+    for _ in range(draw(st.integers(1, 3))):
+        holder: Any = root
+        key: Any = ""
+        while draw(st.integers(0, 4)):
+            inner = holder[key]
+            if not isinstance(inner, dict | list) or not inner:
+                break
+            holder, key = inner, draw(st.sampled_from(list(inner) if isinstance(inner, dict) else range(len(inner))))
+        match draw(st.sampled_from(["replaced", "replaced", "removed", "added"])):
+            case "removed":
+                del holder[key]
+            case "added" if isinstance(holder, dict):
+                holder[draw(texts)] = draw(json_like)
+            case _:
+                holder[key] = draw(json_like)
+        root.setdefault("", None)
+    return root[""]
+
+
+@st.composite
+def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+    """Cut short, with a piece of it replaced or repeated, or anything else in its place."""
+    first, last = sorted((draw(st.integers(0, len(content))), draw(st.integers(0, len(content)))))
+    match draw(st.sampled_from(["cut", "replaced", "replaced", "repeated", "other", "deep"])):
+        case "cut":
+            return content[:first]
+        case "replaced":
+            return (
+                content[:first] + draw(st.binary(min_size=1, max_size=4)) + content[first + draw(st.integers(0, 4)) :]
+            )
+        case "repeated":
+            return content[:last] + content[first:]
+        case "deep":
+            return draw(st.sampled_from([b"[", b'{"a":', b"[{"])) * 100_000
+    return draw(st.binary(max_size=40))
+
 
 FIELDS = sorted(config_lib.flat(config_lib.Config().to_dict()))
 weights = st.dictionaries(texts | st.integers(), scalars, max_size=3)
@@ -157,3 +209,72 @@ def test_an_integer_that_python_does_not_write_out(name: str) -> None:
     (values[section] if section else values)[field] = [huge] if name == "checkpoint.steps" else huge
     with refused_in_one_line(name):
         assert config_lib.Config.from_dict(values).run.seed == huge
+
+
+@pytest.fixture(scope="module")
+def spoiled(corpus: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A copy of the corpus with a plan, of which a test may change any file and puts it back."""
+    directory = tmp_path_factory.mktemp("spoiled") / "corpus"
+    shutil.copytree(corpus, directory)
+    plan_rows(Manifest.load(directory), 32)
+    return directory
+
+
+@contextlib.contextmanager
+def holding(path: pathlib.Path, content: bytes) -> Iterator[None]:
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def use_corpus(directory: pathlib.Path) -> None:
+    """All that a user does with a corpus; every step either answers, or refuses."""
+    named = refused_in_one_line(str(directory))
+    files = sorted(directory.rglob("*"))
+    with named:
+        for line in problems(manifest := Manifest.load(directory)):
+            assert line.splitlines() == [line]
+        summary(manifest)
+    for packing in ("concat", "best_fit"):
+        with refused_in_one_line(str(directory)):
+            corpora = Corpora(helpers.tiny_config(directory, **{"data.packing": packing, "data.batch": 2}).data)
+            mixture, valid = corpora.training(), corpora.validation("")
+            for row in (0, 1, 7, 10**6):
+                assert mixture[row].shape == (2, 32)
+            assert valid[len(valid) - 1].shape == (2, 32)
+            assert corpora.bytes_per_prediction >= 0
+            assert len(corpora.fingerprint) == 64
+        with refused_in_one_line(str(directory)):
+            describe_row(Manifest.load(directory), "train", 0, 32, packing)
+    assert sorted(directory.rglob("*")) == files
+
+
+@fuzz(150)
+@given(st.data())
+def test_manifests(spoiled: pathlib.Path, data: st.DataObject) -> None:
+    path = spoiled / "manifest.json"
+    changed = data.draw(changed_json(json.loads(path.read_bytes())))
+    with holding(path, json.dumps(changed).encode()):
+        use_corpus(spoiled)
+
+
+# The small files beside the shards; of the shards every block is checked as it is read.
+@fuzz(150)
+@given(st.data())
+def test_bytes_of_a_corpus(spoiled: pathlib.Path, data: st.DataObject) -> None:
+    files = [path for path in sorted(spoiled.rglob("*")) if path.is_file() and path.name != "skipped.jsonl"]
+    path = data.draw(st.sampled_from([spoiled / "manifest.json", *files]))
+    with holding(path, data.draw(changed_bytes(path.read_bytes()))):
+        use_corpus(spoiled)
+
+
+@fuzz(60)
+@given(st.data())
+def test_plans(spoiled: pathlib.Path, data: st.DataObject) -> None:
+    path = spoiled / "packing-32" / "plan.json"
+    changed = data.draw(changed_json(json.loads(path.read_bytes())))
+    with holding(path, json.dumps(changed).encode()):
+        use_corpus(spoiled)

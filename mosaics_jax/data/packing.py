@@ -136,7 +136,7 @@ class BestFitRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index}; legal: 0 to {len(self) - 1}")
         shard = bisect.bisect_right(self._rows, index) - 1
-        first, last = _numbers(f"{self._names[shard]}.rows", int(index) - self._rows[shard], 2)
+        first, last = _numbers(f"{self._names[shard]}.rows", int(index) - self._rows[shard], 2).tolist()
         table = _numbers(f"{self._names[shard]}.pieces", 2 * first, 2 * (last - first)).reshape(-1, 2)
         row = np.empty((2, self.context), np.int32)
         row[0], row[1] = self._end, self._tokens.begin
@@ -181,9 +181,11 @@ def _row_counts(rows: Any, split: str, shards: int) -> list[int] | None:
 def _numbers(path: str, start: int, count: int) -> np.ndarray:
     try:
         with open(path, "rb", buffering=0) as stream:
-            content = os.pread(stream.fileno(), 8 * count, 8 * start)
-    except (OSError, OverflowError) as error:  # a damaged plan names places that no file has
-        raise ValueError(f"{path!r} cannot be read at {8 * start} ({error}); plan the rows again") from error
-    if len(content) != 8 * count:
-        raise ValueError(f"{path!r} ends at byte {8 * start + len(content)}; plan the rows again")
+            size = os.fstat(stream.fileno()).st_size
+            whole = 0 <= 8 * start <= 8 * (start + count) <= size  # a damaged plan names places that no file has
+            content = os.pread(stream.fileno(), 8 * count, 8 * start) if whole else b""
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read ({error.strerror}); plan the rows again") from error
+    if not whole or len(content) != 8 * count:
+        raise ValueError(f"{path!r} ends at byte {size}, {8 * (start + count)} expected; plan the rows again")
     return np.frombuffer(content, "<u8").astype(np.int64)
