@@ -69,6 +69,6 @@ def _last_error(message: str) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    message = " ".join(message.split())
+    message = " ".join(message.split()).encode(errors="backslashreplace").decode()
     print(f"error: {message if len(message) <= _MOST_SHOWN else message[:_MOST_SHOWN] + '...'}", file=sys.stderr)
     sys.exit(2)

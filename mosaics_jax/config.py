@@ -292,8 +292,7 @@ class Config:
             if not dataclasses.is_dataclass(kind):
                 made[name] = _as_type(kind, values[name], name)
                 continue
-            fields = _exact_fields(kind, values[name], f"config.{name}")
-            made[name] = kind(**{f: _as_type(t, values[name][f], f"{name}.{f}") for f, t in fields.items()})
+            made[name] = _section(kind, values[name])
         return cls(**made)
 
     @classmethod
@@ -308,6 +307,18 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def model_from_dict(values: Any) -> ModelConfig:
+    """The config of a model by itself. A field that it lacks is newer than it: the default is what was done then."""
+    if not isinstance(values, Mapping) or "memories" not in values:
+        raise ValueError(f"{_shown(values)} is no config of a model; legal: a mapping with memories and other fields")
+    return _section(ModelConfig, {**dataclasses.asdict(ModelConfig()), **values})
+
+
+def _section(kind: Any, values: Any) -> Any:
+    fields = _exact_fields(kind, values, f"config.{kind.SECTION}")
+    return kind(**{f: _as_type(t, values[f], f"{kind.SECTION}.{f}") for f, t in fields.items()})
 
 
 def _exact_fields(kind: type, values: Any, where: str) -> dict[str, type]:

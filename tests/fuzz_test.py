@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import linecache
 import pathlib
@@ -12,21 +13,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import helpers
+import numpy as np
 import pytest
+import tokenizers
 from absl import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import config_flags
 
+import mosaics_jax
 from launch import command
 from mosaics_jax import config as config_lib
-from mosaics_jax.data import bpe
+from mosaics_jax.data import prepare as prepare_lib
 from mosaics_jax.data.check import describe_row, problems, summary
 from mosaics_jax.data.corpora import Corpora
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.packing import plan_rows
 from mosaics_jax.data.prepare import prepare
-from mosaics_jax.data.tokenizer import load_tokenizer, make_tokenizer
+from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from mosaics_jax.nn.model import LanguageModel, create, to_values
 
 ROOT = pathlib.Path(__file__).parent.parent
 OURS = tuple(str(ROOT / package) for package in ("mosaics_jax", "launch", "pallas_kernels", "configs"))
@@ -41,7 +46,7 @@ def fuzz(examples: int) -> settings:
 
 
 @contextlib.contextmanager
-def refused_in_one_line(*names: str) -> Iterator[None]:
+def refused_in_one_line(*names: str, must: bool = False) -> Iterator[None]:
     """Passes, or raises by a `raise` statement of this project a ValueError of one line that holds one of `names`."""
     try:
         yield
@@ -54,6 +59,8 @@ def refused_in_one_line(*names: str) -> Iterator[None]:
         assert message.splitlines() == [message], (where, message)
         assert len(message) < 3000, where
         assert any(name in message for name in names), (where, message)
+    else:
+        assert not must
 
 
 # Numbers at which something ends: bytes, int32, int64, float32, float64.
@@ -76,7 +83,7 @@ texts = st.text(st.characters(), max_size=8) | st.sampled_from(
         "(",
         "nan",
         "1e400",
-        "0x" + "f" * 4000,
+        "0x" + "f" * 400,
     ]
 )
 scalars = st.none() | st.booleans() | numbers | texts
@@ -278,3 +285,314 @@ def test_plans(spoiled: pathlib.Path, data: st.DataObject) -> None:
     changed = data.draw(changed_json(json.loads(path.read_bytes())))
     with holding(path, json.dumps(changed).encode()):
         use_corpus(spoiled)
+
+
+@functools.cache
+def tiny_model() -> LanguageModel:
+    return create(helpers.tiny_config(**{"model.layers": 1, "model.width": 8, "model.ffn_width": 8}).model, 0)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("export")
+    mosaics_jax.save_safetensors(tiny_model(), directory)
+    return directory
+
+
+def use_export(directory: pathlib.Path) -> None:
+    with refused_in_one_line(str(directory)):
+        model = mosaics_jax.load_safetensors(directory)
+        leaves = to_values(model)
+        assert {leaves["embedding"].dtype, leaves["blocks"]["W_o"].dtype} == {np.dtype("float32")}
+        assert leaves["embedding"].shape == (model.config.vocabulary, model.config.width)
+
+
+@fuzz(60)
+@given(st.data())
+def test_headers_of_safetensors(export: pathlib.Path, data: st.DataObject) -> None:
+    path = export / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = data.draw(changed_json(json.loads(content[8 : 8 + size])))
+    changed = json.dumps(header).encode()
+    length = data.draw(st.just(len(changed)) | st.sampled_from([0, 1, 2**31, 2**63, 2**64 - 1, len(changed) + 1]))
+    with holding(path, length.to_bytes(8, "little") + changed + content[8 + size :]):
+        use_export(export)
+
+
+@fuzz(60)
+@given(st.data())
+def test_a_tensor_of_safetensors(export: pathlib.Path, data: st.DataObject) -> None:
+    """One entry of the header with other types, shapes and offsets: those that fit the file, too."""
+    path = export / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    entry = header[data.draw(st.sampled_from(sorted(header)))]
+    kinds = [
+        "F32",
+        "I32",
+        "U32",
+        "F16",
+        "BF16",
+        "F64",
+        "I64",
+        "BOOL",
+        "F8_E4M3",
+        "F8_E5M2",
+        "F4",
+        "C64",
+        "f32",
+        "",
+        "X",
+    ]
+    entry["dtype"] = data.draw(st.sampled_from(kinds))
+    if data.draw(st.booleans()):
+        shapes = st.lists(st.sampled_from([*EDGES, 2, 4, 8]), max_size=3) | st.just(entry["shape"][::-1])
+        entry["shape"] = data.draw(shapes)
+    if data.draw(st.booleans()):
+        entry["data_offsets"] = data.draw(st.lists(st.sampled_from([*EDGES, *entry["data_offsets"]]), max_size=3))
+    changed = json.dumps(header).encode()
+    with holding(path, len(changed).to_bytes(8, "little") + changed + content[8 + size :]):
+        use_export(export)
+
+
+@fuzz(80)
+@given(st.data())
+def test_files_of_an_export(export: pathlib.Path, data: st.DataObject) -> None:
+    path = export / data.draw(st.sampled_from(["model.safetensors", "config.json", "config.json"]))
+    content = path.read_bytes()
+    if path.name == "config.json" and data.draw(st.booleans()):
+        changed = json.dumps(data.draw(changed_json(json.loads(content)))).encode()
+    else:
+        changed = data.draw(changed_bytes(content))
+    with holding(path, changed):
+        use_export(export)
+
+
+@pytest.mark.parametrize("spoil", ["a file", "a folder for a file", "no path", "a folder for a draft"])
+def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path: pathlib.Path, spoil: str) -> None:
+    directory = tmp_path / "export"
+    match spoil:
+        case "a file":
+            directory.write_text("mine")
+        case "a folder for a file":
+            (directory / "model.safetensors" / "mine").mkdir(parents=True)
+        case "a folder for a draft":
+            (directory / "config.json.tmp" / "mine").mkdir(parents=True)
+        case "no path":
+            directory = tmp_path / "a\0b"
+    before = sorted(tmp_path.rglob("*"))
+    with refused_in_one_line(repr(str(directory)), must=True):
+        mosaics_jax.save_safetensors(tiny_model(), directory)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+TEXTS = ["the cat sat on the cat's mat. " * 20, "naïve 你好 🙂 123\n"]
+
+
+def hugging_face(path: pathlib.Path) -> None:
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(TEXTS, trainer)
+    path.write_text(inner.to_str(), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Folders of saved tokenizers, named by their kinds."""
+    directory = tmp_path_factory.mktemp("tokenizers")
+    hugging_face(directory / "tokenizer.json")
+    for kind, spec in (("bytes", "bytes"), ("bpe", "bpe:264"), ("huggingface", str(directory / "tokenizer.json"))):
+        make_tokenizer(spec, TEXTS).save(directory / kind)
+    return directory
+
+
+def use_tokenizer(tokenizer: Tokenizer) -> None:
+    for text in (*TEXTS, ""):
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32
+        assert not ids.size or 0 <= ids.min() <= ids.max() < tokenizer.vocabulary
+        assert isinstance(tokenizer.decode(ids), str)
+
+
+@fuzz(120)
+@given(st.data())
+def test_files_of_tokenizers(saved: pathlib.Path, data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(sorted(path for path in saved.rglob("*/*") if path.is_file())))
+    content = path.read_bytes()
+    if path.suffix == ".json" and data.draw(st.booleans()):
+        changed = json.dumps(data.draw(changed_json(json.loads(content)))).encode()
+    else:
+        changed = data.draw(changed_bytes(content))
+    with holding(path, changed):
+        with refused_in_one_line(str(path.parent), path.name):
+            use_tokenizer(load_tokenizer(path.parent))
+        with refused_in_one_line(str(path), "tokenizer.json"):  # the file by itself: no fingerprint guards it
+            use_tokenizer(make_tokenizer(str(path)))
+
+
+@fuzz(100)
+@given(
+    texts.filter(lambda spec: not spec.startswith("bpe"))
+    | st.tuples(st.just("bpe:"), texts | numbers).map(lambda t: f"{t[0]}{t[1]}")
+)
+def test_names_of_tokenizers(spec: str) -> None:
+    with refused_in_one_line("tokenizer is", "tokenizer file", "tokenizer_config.json"):
+        use_tokenizer(make_tokenizer(spec, TEXTS))
+
+
+prompts_ = (
+    texts | st.text(max_size=40) | st.sampled_from(["\udc80", "<|begin_of_text|>", "\r\x1b[2J", "e\u0301", "  \n" * 30])
+)
+
+
+@fuzz(60)
+@given(st.lists(prompts_, min_size=2, max_size=2))
+def test_prompts(prompts: list[str]) -> None:
+    tokenizer = make_tokenizer("bytes")
+    with refused_in_one_line("surrogate"):
+        found = mosaics_jax.generate(tiny_model(), tokenizer, [prompt[:50] for prompt in prompts], max_new_tokens=2)
+        assert len(found) == 2
+        assert all(isinstance(text, str) for text in found)
+
+
+@fuzz(200)
+@given(prompts_ | st.text(min_size=200) | st.none() | st.binary())
+def test_texts(saved: pathlib.Path, text: Any) -> None:
+    """Every tokenizer gives back the text, or refuses it."""
+    for kind in ("bytes", "bpe", "huggingface"):
+        with refused_in_one_line("surrogate", "legal: a str"):
+            assert opened(saved / kind).decode(opened(saved / kind).encode(text)) == text
+
+
+opened = functools.cache(load_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_new_tokens": 0}, {"max_new_tokens": 2**31}, {"max_new_tokens": 10**30}, {"max_new_tokens": 1.5},
+        {"temperature": float("nan")}, {"temperature": -1.0}, {"temperature": float("inf")}, {"temperature": None},
+        {"top_k": -1}, {"top_k": 10**30}, {"top_k": "3"}, {"top_p": 0.0}, {"top_p": float("nan")}, {"top_p": []},
+        {"seed": 10**30}, {"seed": "a"}, {"seed": -1}, {"seed": 2**40}, {"prompts": "the"}, {"prompts": [None]},
+        {"prompts": [b"a"]}, {"prompts": 3}, {"prompts": ["a", 3]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_generate(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    with refused_in_one_line(name, "a text is"):
+        arguments: dict[str, Any] = {"prompts": ["a"], "max_new_tokens": 2} | changes
+        assert len(mosaics_jax.generate(tiny_model(), make_tokenizer("bytes"), **arguments)) == 1
+
+
+names = st.sampled_from(["a.txt", "a.jsonl", "a.txt.gz", "a.txt.xz", "a.jsonl.zst", "a.parquet", "a.txt.zst", "a.bin"])
+contents = (
+    st.binary(max_size=60)
+    | json_like.map(lambda value: f"{json.dumps({'text': value})}\n".encode() * 3)
+    | st.just(b"[" * 100_000)
+)
+arguments_ = st.fixed_dictionaries({}, optional={
+    "valid_fraction": st.floats(), "shard_tokens": st.integers() | st.sampled_from(EDGES), "max_bytes": st.none() | st.integers(),
+    "text_field": texts, "record_format": texts, "shuffle_seed": st.none() | st.integers(),
+    "skip_bad_records": st.integers(-1, 3), "workers": st.integers(max_value=0) | st.sampled_from([10**30, 2000]),
+})  # fmt: skip
+
+
+SENTENCES = "".join(json.dumps({"text": f"Sentence {i} says something plain."}) + "\n" for i in range(30))
+
+
+@fuzz(100)
+@given(names, contents, arguments_)
+def test_inputs_of_prepare(tmp_path: pathlib.Path, name: str, content: bytes, arguments: dict[str, Any]) -> None:
+    """A whole corpus, or none: of what was begun only whole files stay, for the same command to go on from."""
+    folder, output = tmp_path / "in", tmp_path / "out"
+    for left in tmp_path.iterdir():
+        shutil.rmtree(left)
+    folder.mkdir()
+    (folder / "good.jsonl").write_text(SENTENCES)
+    (folder / name).write_bytes(content)
+    with refused_in_one_line(str(folder), "valid_fraction", *arguments):
+        made = prepare(
+            [str(folder / "good.jsonl"), str(folder / name)], str(output), **({"valid_fraction": 0.3} | arguments)
+        )
+        assert list(problems(made)) == []
+    assert not list(tmp_path.rglob("*/*.partial"))
+    assert not (output.exists() and output.with_name("out.partial").exists())
+    if output.exists():
+        assert Manifest.load(output).splits.keys() == {"train", "valid"}
+
+
+paths = texts.filter(lambda name: not name.startswith("/")) | st.sampled_from(
+    ["/etc/passwd", "a" * 300, "caf\udce9", "out\n"]
+)
+
+
+@fuzz(100)
+@given(paths.filter(lambda name: set(name) - set("./")), paths)
+def test_names_that_prepare_is_given(tmp_path: pathlib.Path, name: str, output: str) -> None:
+    place = tmp_path / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    (place / "good.jsonl").write_text(SENTENCES)
+    with contextlib.suppress(OSError, ValueError):
+        (place / name).write_text("A file of a strange name.")
+    with contextlib.chdir(place):
+        with refused_in_one_line("input", "output", ".jsonl", repr(name)):
+            made = prepare(["good.jsonl", name], output, valid_fraction=0.3)
+            assert list(problems(Manifest.load(made.directory))) == []
+            assert summary(made).encode(errors="backslashreplace")
+        with refused_in_one_line("no prepared corpus"):
+            Manifest.load(output)
+    assert not list(tmp_path.rglob("*/*/*.partial"))
+
+
+# What a prepared corpus may hold, whatever lay in the work folder.
+WRITTEN = {"manifest.json", "skipped.jsonl", "tokenizer"} | {
+    f"{split}-00000.{kind}" for split in ("train", "valid") for kind in ("tokens", "crc32", "documents")
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The work folder of a run that was stopped when all was done but the last rename."""
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(_: Manifest) -> None:
+        raise Stopped
+
+    directory = tmp_path_factory.mktemp("stopped")
+    (directory / "in.jsonl").write_text(SENTENCES)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(prepare_lib, "_clear", stop)
+        prepare([str(directory / "in.jsonl")], str(directory / "out"), valid_fraction=0.3)
+    return directory / "out.partial"
+
+
+@fuzz(60)
+@given(st.data())
+def test_what_a_stopped_run_of_prepare_left(stopped: pathlib.Path, tmp_path: pathlib.Path, data: st.DataObject) -> None:
+    """Files of the work folder that are damaged are made again, or refused; never believed."""
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    for left in tmp_path.iterdir():
+        shutil.rmtree(left)
+    shutil.copytree(stopped, partial)
+    path = data.draw(st.sampled_from(sorted(path for path in partial.rglob("*") if path.is_file())))
+    content = path.read_bytes()
+    if path.suffix == ".json" and data.draw(st.booleans()):
+        path.write_text(json.dumps(data.draw(changed_json(json.loads(content)))))
+    elif path.suffix == ".stage":  # of its tables nothing tells
+        size = int.from_bytes(content[-8:], "little")
+        footer = json.dumps(data.draw(changed_json(json.loads(content[-8 - size : -8])))).encode()
+        path.write_bytes(content[: -8 - size] + footer + len(footer).to_bytes(8, "little"))
+    else:
+        path.write_bytes(data.draw(changed_bytes(content)))
+    with refused_in_one_line(str(tmp_path)):
+        prepare([str(stopped.parent / "in.jsonl")], str(output), "bytes", valid_fraction=0.3)
+        assert {path.name for path in output.iterdir()} == WRITTEN

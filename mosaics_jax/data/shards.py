@@ -60,7 +60,7 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
     draft = folder / f"{name}.{os.getpid()}.partial"
     try:
         with draft.open("w+b") as stream:
-            lengths = _copy_documents(layout, number, stream.fileno(), progress)
+            lengths = _copy_documents(layout, number, folder, stream.fileno(), progress)
             stream.seek(0)
             blocks, sha256 = checksums(stream)
             os.fsync(stream.fileno())
@@ -89,7 +89,9 @@ def _found(description: pathlib.Path, layout: Layout) -> dict | None:
     return None
 
 
-def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[int], None]) -> np.ndarray:
+def _copy_documents(
+    layout: Layout, number: int, folder: pathlib.Path, out: int, progress: Callable[[int], None]
+) -> np.ndarray:
     """Writes the shard's documents to the file `out`; returns their lengths in tokens, in order."""
     begins = layout.begins
     total = int(begins[-1])
@@ -104,9 +106,13 @@ def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[i
     places = np.empty((len(order), 2), np.uint64)
     for index, mine in runs:
         places[mine] = layout.stages[index].documents_of(layout.split)[order[mine] - begins[index]]
+    size = layout.dtype.itemsize
+    if int(places.max(initial=0)) * size > max(os.path.getsize(stage.path) for stage in layout.stages):
+        raise ValueError(
+            f"a stage file of {str(folder)!r} names places past its end; remove its folder and prepare again"
+        )
     lengths = places[:, 1].astype(np.int64)
     targets = np.cumsum(lengths) - lengths
-    size = layout.dtype.itemsize
     for index, mine in runs:
         with open(layout.stages[index].path, "rb") as stream:
             for j in mine:
