@@ -23,7 +23,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except ValueError as error:
-            _fail(_plain(error))
+            _fail(str(error))
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be what the terminal can show
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[st
     """Gives the `known` flags the values of a command line. What is wrong with it is one line on stderr and exit 2."""
     for argument in argv[1:]:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if override and not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", override[1]):
+        if override and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", override[1]):
             _fail(
                 f"{override[0]!r} names no field of the config; legal: --config.SECTION.FIELD=VALUE, listed by --help"
             )
@@ -45,20 +45,20 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[st
     except flags.Error as error:
         _fail(_last_error(str(error)) + "; --help lists the flags")
     except _REFUSALS as error:
-        _fail(_plain(error))
+        _fail(_of_config(error))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; --help lists the flags")
     return rest
 
 
-def _plain(error: Exception) -> str:
+def _of_config(error: Exception) -> str:
     if isinstance(error, MemoryError | RecursionError):
         return f"an override of the config is too deep to be read ({error})"
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if isinstance(error, AttributeError | KeyError) and " " not in message:  # a new name in a dictionary of the config
         name = message.strip("\"'")
         return f"the config has no {name!r}; set a dictionary whole: --config.data.mixture=\"{{'a': 0.7, 'b': 0.3}}\""
-    return message
+    return message if "config" in message else f"the config, or an override of it: {message}"
 
 
 def _last_error(message: str) -> str:

@@ -94,7 +94,7 @@ def generate(
             max_new_tokens,
             Integral,
             lambda n: 1 <= n <= 2**30,
-            "1 or more, an integer of at most 2**30",
+            "1 or more, an integer to 2**30",
         ),
         ("temperature", temperature, Real, lambda t: t >= 0, "0 (the likeliest token) or more"),
         ("top_k", top_k, Integral, lambda k: 0 <= k < 2**31, "0 (all) or more, an integer below 2**31"),

@@ -39,7 +39,7 @@ def save_safetensors(model: LanguageModel, directory: str | pathlib.Path) -> Non
         for draft in drafts:
             draft.replace(draft.with_suffix(""))
     except (OSError, SafetensorError, ValueError) as error:  # a ValueError for what can be no path
-        raise ValueError(f"{str(directory)!r} cannot be written ({error}); make room or name another") from error
+        raise ValueError(f"{str(directory)!r} cannot be written ({_line(error)}); make room or name another") from error
     finally:
         for draft in drafts:
             with contextlib.suppress(OSError, ValueError):
@@ -56,7 +56,7 @@ def load_safetensors(directory: str | pathlib.Path) -> LanguageModel:
     try:
         config = model_from_dict(json.loads((directory / CONFIG).read_bytes()))
     except (OSError, RecursionError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG} is not the config of an export ({error})") from error
+        raise ValueError(f"{directory / CONFIG} is not the config of an export ({_line(error)})") from error
     try:
         with safe_open(directory / WEIGHTS, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -64,7 +64,7 @@ def load_safetensors(directory: str | pathlib.Path) -> LanguageModel:
             shapes = _checked_shapes(config, found, directory)
             tensors = {name: file.get_tensor(name) for name in found}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory / WEIGHTS} cannot be read ({error}); export again") from error
+        raise ValueError(f"{directory / WEIGHTS} cannot be read ({_line(error)}); export again") from error
     return from_values(config, _nested(tensors, shapes))
 
 
@@ -79,6 +79,11 @@ def _checked_shapes(config: ModelConfig, found: dict[str, str], directory: pathl
         if one != legal:
             raise ValueError(f"{directory / WEIGHTS}: tensor {name!r} is {one}; legal by {CONFIG}: {legal}")
     return shapes
+
+
+def _line(error: Exception) -> str:
+    """A library's words, which quote the names in a file as they are."""
+    return " ".join(str(error).split())
 
 
 def _described(dtype: str, shape: Sequence[int]) -> str:

@@ -60,7 +60,7 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
     draft = folder / f"{name}.{os.getpid()}.partial"
     try:
         with draft.open("w+b") as stream:
-            lengths = _copy_documents(layout, number, folder, stream.fileno(), progress)
+            lengths = _copy_documents(layout, number, stream.fileno(), progress)
             stream.seek(0)
             blocks, sha256 = checksums(stream)
             os.fsync(stream.fileno())
@@ -89,9 +89,7 @@ def _found(description: pathlib.Path, layout: Layout) -> dict | None:
     return None
 
 
-def _copy_documents(
-    layout: Layout, number: int, folder: pathlib.Path, out: int, progress: Callable[[int], None]
-) -> np.ndarray:
+def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[int], None]) -> np.ndarray:
     """Writes the shard's documents to the file `out`; returns their lengths in tokens, in order."""
     begins = layout.begins
     total = int(begins[-1])
@@ -108,9 +106,8 @@ def _copy_documents(
         places[mine] = layout.stages[index].documents_of(layout.split)[order[mine] - begins[index]]
     size = layout.dtype.itemsize
     if int(places.max(initial=0)) * size > max(os.path.getsize(stage.path) for stage in layout.stages):
-        raise ValueError(
-            f"a stage file of {str(folder)!r} names places past its end; remove its folder and prepare again"
-        )
+        folder = os.path.dirname(layout.stages[0].path)
+        raise ValueError(f"a stage file in {folder!r} names places past its end; remove that folder and prepare again")
     lengths = places[:, 1].astype(np.int64)
     targets = np.cumsum(lengths) - lengths
     for index, mine in runs:
