@@ -1,5 +1,6 @@
 """What the commands share: one line on stderr and exit code 2 for what the user can mend."""
 
+import functools
 import io
 import logging
 import re
@@ -16,12 +17,15 @@ _REFUSALS = (
 _MOST_SHOWN = 4000
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`. A ValueError, or a flag that is wrong, is one line on stderr and exit 2."""
+def run(main: Callable[..., None], argument: str = "") -> None:
+    """Parses the flags and runs `main`. A ValueError, or a flag that is wrong, is one line on stderr and exit 2.
 
-    def guarded(_: Sequence[str]) -> None:
+    Where `argument` is given, the command takes one, of that name, and `main` gets it.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
         try:
-            main()
+            main(*argv[1:])
         except ValueError as error:
             _fail(str(error))
 
@@ -29,13 +33,16 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be what the terminal can show
     # JAX lists the accelerators that are not there; a run says what it runs on.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, flags_parser=functools.partial(parse, argument=argument))
 
 
-def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Gives the `known` flags the values of a command line. What is wrong with it is one line on stderr and exit 2."""
-    for argument in argv[1:]:
-        override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS, argument: str = "") -> list[str]:
+    """Gives the `known` flags the values of a command line; returns the command and its `argument`, if it takes one.
+
+    What is wrong is one line on stderr and exit 2.
+    """
+    for word in argv[1:]:
+        override = re.match(r"--?(?:no)?config\.([^=]*)", word)
         if override and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", override[1]):
             _fail(
                 f"{override[0]!r} names no field of the config; legal: --config.SECTION.FIELD=VALUE, listed by --help"
@@ -46,8 +53,10 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS) -> list[st
         _fail(_last_error(str(error)) + "; --help lists the flags")
     except _REFUSALS as error:
         _fail(_of_config(error))
-    if len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}; --help lists the flags")
+    if argument and len(rest) == 1:
+        _fail(f"{argument} is not given; --help says what it is")
+    if len(rest) > 1 + bool(argument):
+        _fail(f"unexpected argument {rest[1 + bool(argument)]!r}; --help lists the flags")
     return rest
 
 

@@ -5,10 +5,11 @@ import pathlib
 import jax
 import ml_collections
 
-from mosaics_jax.checkpoint import Checkpoints, read_run_record
+from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, load_config
 from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mosaics_jax.nn.model import LanguageModel, create, from_values, to_values
+from mosaics_jax.record import read_run_record
 
 
 def init(config: ml_collections.ConfigDict | str | pathlib.Path, seed: int) -> LanguageModel:

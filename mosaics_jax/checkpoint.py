@@ -1,59 +1,51 @@
 """Checkpoints: weights, optimiser, counters, data position, config and corpus fingerprint, saved and restored together.
 
 Orbax writes them asynchronously into `workdir/checkpoints/<step>/` and makes each visible by one rename, so a process
-killed at any moment leaves whole checkpoints only. `docs/checkpoint.md` describes what lies in one.
+killed at any moment leaves whole checkpoints only. What was committed is then read back and held against fingerprints
+that the devices took, and only what agreed counts as good: of those the newest are kept, and a damaged one is passed
+over. `docs/checkpoint.md` describes what lies in one.
 """
 
 import dataclasses
 import json
 import logging
 import pathlib
+import shutil
+import time
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+import tensorstore
 
-from mosaics_jax.config import CheckpointConfig, Config, differences, with_new_fields
-from mosaics_jax.data.tokenizer import load_tokenizer
+from mosaics_jax import fingerprint, processes
+from mosaics_jax.config import CheckpointConfig
+from mosaics_jax.record import RunRecord
 from mosaics_jax.step import TrainState
 
-# Fields that may change between restarts: they move no number beyond the rounding of a reduction.
-FREE_FIELDS = frozenset(
-    {"data.path", "data.workers", "data.prefetch", "checkpoint.every", "checkpoint.keep", "checkpoint.steps"}
-    | {"run.accumulation", "run.log_every", "run.eval_every", "run.eval_steps", "run.eval_batches", "run.max_skipped"}
-    | {f"mesh.{field.name}" for field in dataclasses.fields(Config().mesh)}
-)
-
-# Fields that may change too where the user says so (`--accept_new_data`).
-DATA_FIELDS = frozenset({"data.mixture", "data.mixture_changes", "data.packing", "data.seed"})
-
-# What a run may change of the model that it takes its weights from: these decide no weight's shape or meaning.
-FREE_MODEL_FIELDS = frozenset({"remat", "implementation", "compute_dtype", "delay_min", "delay_max"})
+COUNTERS = ("step", "skipped", "skipped_in_row", "recent")
+_ARRAYS = ("params", "optimizer", "counters")
+_VERIFIED = "verified.json"
+_PIECE = 1 << 24  # bytes of a file that are looked at, at a time
 
 # Orbax reports every save and every read-only opening in many lines; what fails, it raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written: a disk that is full, or away. The one before it is untouched."""
+
+
 @dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """What must agree for a checkpoint to be continued, and where its data stands.
+class _Saving:
+    """A save that is under way."""
 
-    Attributes:
-      data_changes: for every time that a run was told to go on with other data: from which step, and what changed.
-    """
-
-    config: dict[str, Any]
-    manifest: str
-    rows_read: int
-    data_changes: tuple[dict[str, Any], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> "RunRecord":
-        return cls(**{**saved, "config": with_new_fields(saved["config"])})
+    step: int
+    fingerprints: Any  # on the devices until the save is verified
+    began: float
+    blocking: float
 
 
 class Checkpoints:
@@ -61,23 +53,31 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
         """Without `config` the directory is opened for reading only."""
-        self._directory = (workdir / "checkpoints").absolute()
-        kept = [policies.LatestN(config.keep), policies.CustomSteps(config.steps)] if config else []
+        self._workdir, self._config = workdir.absolute(), config
+        self._directory = self._workdir / "checkpoints"
+        if config and jax.process_index() == 0:
+            for left in self._directory.glob("*.removing"):
+                shutil.rmtree(left, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept) if config else None,
             read_only=config is None,
             create=config is not None,
             cleanup_tmp_directories=config is not None,
             step_prefix=None,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._saving: _Saving | None = None
+        self._verifier = ThreadPoolExecutor(1, "verify")
+        self._verifying: list[Future[dict[str, Any]]] = []
 
-    def latest(self) -> int | None:
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Those on the disk, in order, good or not."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
 
     def chosen(self, step: int | None) -> int:
         """`step`, or the newest for None. ValueError where there is none, or not that one."""
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if not steps:
             raise ValueError(
                 f"{self._directory.parent} holds no checkpoint yet; the first comes after checkpoint.every steps"
@@ -87,122 +87,252 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def save(self, state: TrainState, step: int, record: RunRecord) -> None:
-        """Starts a save; the state may be donated to the next step at once. Raises the errors of the save before."""
-        rest = {"step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.opt_state),
-                counters=ocp.args.StandardSave(rest),
-                record=ocp.args.JsonSave(record.to_dict()),
-            ),
-        )
+        """Starts a save, once the one before is committed; the state may be donated to the next step at once."""
+        began = time.perf_counter()
+        self._commit()
+        items = arrays(state)
+        fingerprints = _fingerprints(items)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    record=ocp.args.JsonSave(record.to_dict()),
+                ),
+            )
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saving = _Saving(step, fingerprints, began, time.perf_counter() - began)
+
+    def poll(self) -> list[dict[str, Any]]:
+        """What has become of saves since the last call, as records for the metrics. Raises SaveFailed."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self._commit()
+        done = [found for found in self._verifying if found.done()]
+        self._verifying = [found for found in self._verifying if not found.done()]
+        return [found.result() for found in done]
+
+    def wait(self) -> list[dict[str, Any]]:
+        """As `poll`, once the last save is on disk and verified."""
+        self._commit()
+        found = [one.result() for one in self._verifying]
+        self._verifying = []
+        return found
+
+    def close(self) -> None:
+        try:
+            self._manager.close()
+        finally:
+            self._verifier.shutdown()
+
+    def problem(self, step: int) -> str:
+        """Why a checkpoint cannot be trusted, or "": the same on all processes, which look at a part each."""
+        part = slice(jax.process_index(), None, jax.process_count())
+        return processes.agree(_damage(self._directory / str(step), part), f"verification of checkpoint {step}")
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a damaged checkpoint out of the way; all processes call it. Returns where it lies."""
+        target = self._workdir / "damaged" / str(step)
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            while target.exists():
+                target = target.with_name(target.name + "-again")
+            (self._directory / str(step)).rename(target)
+        processes.barrier(f"checkpoint {step} set aside")
+        self._manager.reload()
+        return target
 
     def record(self, step: int) -> RunRecord:
         return RunRecord.from_dict(self._restore(step, record=ocp.args.JsonRestore())["record"])
 
     def params(self, step: int, abstract_params: Any) -> Any:
+        """The weights, checked. Raises ValueError where the checkpoint is damaged."""
+        if damage := _damage(self._directory / str(step), slice(None)):
+            raise self._unreadable(step, damage)
         return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """The saved state, in the shardings of `abstract_state` (shapes with shardings)."""
-        counters = {name: getattr(abstract_state, name) for name in ("step", "skipped", "skipped_in_row")}
-        restored = self._restore(
-            step,
-            params=ocp.args.StandardRestore(abstract_state.params),
-            optimizer=ocp.args.StandardRestore(abstract_state.opt_state),
-            counters=ocp.args.StandardRestore(counters),
+        """The saved state, in the shardings of `abstract_state` (shapes with shardings). Raises ValueError."""
+        abstract = arrays(abstract_state)
+        found = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        state = state_of(found)
+        verified = self._directory / str(step) / _VERIFIED
+        if verified.exists():
+            expected = json.loads(verified.read_text(encoding="utf-8"))["fingerprints"]
+            if wrong := differing(expected, jax.device_get(_fingerprints(arrays(state)))):
+                raise self._unreadable(step, f"{wrong} was read, and is not what was saved")
+        return state
+
+    def _commit(self) -> None:
+        """Waits for the save that is under way, and has it verified."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(saving.step, error) from error
+        seconds = time.perf_counter() - saving.began
+        if jax.process_index() == 0:
+            self._verifying.append(self._verifier.submit(self._verify, saving, seconds))
+
+    def _verify(self, saving: _Saving, seconds: float) -> dict[str, Any]:
+        """Reads a committed checkpoint back; keeps it as good, or sets it aside. Runs beside the training."""
+        began, directory = time.perf_counter(), self._directory / str(saving.step)
+        fingerprints = jax.tree.map(int, jax.device_get(saving.fingerprints))
+        try:
+            wrong = differing(fingerprints, {item: _read(directory / item, slice(None)) for item in _ARRAYS})
+            problem = f"{wrong} on the disk is not what was saved" if wrong else ""
+        except Exception as error:  # TensorStore raises many kinds for a damaged directory
+            problem = _first_line(error)
+        if not problem:
+            marks = {
+                "fingerprints": fingerprints,
+                "files": {name: _sum(directory / name) for name in _files(directory)},
+            }
+            draft = directory.with_name(f"{saving.step}.removing")  # a life that ends here leaves what the next removes
+            draft.mkdir()
+            (draft / _VERIFIED).write_text(json.dumps(marks, indent=1) + "\n", encoding="utf-8")
+            (draft / _VERIFIED).replace(directory / _VERIFIED)
+            draft.rmdir()
+            self._retire()
+        else:
+            (self._workdir / "damaged").mkdir(exist_ok=True)
+            directory.rename(self._workdir / "damaged" / f"{saving.step}-{time.time_ns()}")
+        return {
+            "step": saving.step, "tier": "durable", "blocking": saving.blocking, "seconds": seconds,
+            "verify_seconds": time.perf_counter() - began, "problem": problem,
+        }  # fmt: skip
+
+    def _retire(self) -> None:
+        assert self._config is not None
+        marks = {step: self._directory / str(step) / _VERIFIED for step in self.steps()}
+        times = {step: mark.stat().st_mtime for step, mark in marks.items() if mark.exists()}
+        for step in retired(list(marks), times, self._config):
+            gone = self._directory / f"{step}.removing"
+            (self._directory / str(step)).rename(gone)  # never half a checkpoint under a checkpoint's name
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _failed(self, step: int, error: Exception) -> SaveFailed:
+        older = [one for one in self.steps() if one != step]
+        return SaveFailed(
+            f"checkpoint {step} could not be saved in {self._directory} ({_first_line(error)}); the same command goes "
+            f"on from step {older[-1] if older else 0}"
         )
-        return TrainState(params=restored["params"], opt_state=restored["optimizer"], **restored["counters"])
 
-    def wait(self) -> None:
-        """Until the last save is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.close()
+    def _unreadable(self, step: int, reason: str) -> ValueError:
+        return ValueError(
+            f"checkpoint {self._directory / str(step)} cannot be read ({reason}); move that directory away, or "
+            "resume the run, which goes on from the one before it"
+        )
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"checkpoint {self._directory / str(step)} cannot be read ({reason}); move that directory away to "
-                "resume from the checkpoint before it"
-            ) from error
+            raise self._unreadable(step, _first_line(error)) from error
 
 
-def check_initial(config: Config, tokenizer_fingerprint: str) -> None:
-    """Raises ValueError where the run of `config.init_from` has another model or tokenizer, or no weights."""
-    workdir = pathlib.Path(config.init_from)
-    saved = Config.from_dict(read_run_record(workdir).config).model
-    differing = [
-        f"--config.model.{field.name}={getattr(saved, field.name)!r} (not {getattr(config.model, field.name)!r})"
-        for field in dataclasses.fields(saved)
-        if field.name not in FREE_MODEL_FIELDS and getattr(saved, field.name) != getattr(config.model, field.name)
-    ]
-    if differing:
-        raise ValueError(f"init_from is {config.init_from!r}, whose model is another; legal: {', '.join(differing)}")
-    if load_tokenizer(workdir / "tokenizer").fingerprint != tokenizer_fingerprint:
-        raise ValueError(
-            f"init_from is {config.init_from!r}, whose tokenizer is not the corpus's; prepare the corpus with "
-            f"--tokenizer={workdir / 'tokenizer'}"
-        )
-    checkpoints = Checkpoints(workdir)
+def arrays(state: TrainState) -> dict[str, Any]:
+    """The three items of arrays that a checkpoint has."""
+    counters = {name: getattr(state, name) for name in COUNTERS}
+    return {"params": state.params, "optimizer": state.opt_state, "counters": counters}
+
+
+def state_of(items: dict[str, Any]) -> TrainState:
+    """What `arrays` was made of."""
+    return TrainState(params=items["params"], opt_state=items["optimizer"], **items["counters"])
+
+
+@jax.jit
+def _fingerprints(items: dict[str, Any]) -> dict[str, dict[str, jax.Array]]:
+    return {item: fingerprint.of_tree(tree) for item, tree in items.items()}
+
+
+def fingerprints_of(state: TrainState) -> dict[str, dict[str, jax.Array]]:
+    """uint32 of every array, by item and name; on the devices, whatever the mesh."""
+    return _fingerprints(arrays(state))
+
+
+def differing(expected: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
+    """The first array that has another fingerprint, or is not there; "" where all agree."""
+    for item, names in expected.items():
+        for name in sorted(names.keys() | found[item].keys()):
+            if name not in found[item] or name not in names or int(names[name]) != int(found[item][name]):
+                return f"{item}.{name}"
+    return ""
+
+
+def retired(steps: list[int], verified: dict[int, float], config: CheckpointConfig) -> list[int]:
+    """The steps that go: all older than the newest `keep` verified ones, but those that are kept for ever.
+
+    Args:
+      verified: for each checkpoint that was verified, when, in seconds.
+    """
+    newest = sorted(verified)[-config.keep :]
+    if len(newest) < config.keep:
+        return []
+    kept = set(config.steps)
+    if config.keep_every:
+        kept |= {step for step in steps if step % config.keep_every == 0}
+    last = None
+    for step in sorted(verified):
+        # A clock that was set back must not stop this for ever.
+        if config.keep_hours and (last is None or not 0 <= verified[step] - last < 3600 * config.keep_hours):
+            kept.add(step)
+            last = verified[step]
+    return [step for step in steps if step < newest[0] and step not in kept]
+
+
+def _damage(directory: pathlib.Path, part: slice) -> str:
+    """What is wrong with this part of a checkpoint's files, or "".
+
+    One that was verified has a checksum of every file. One whose run ended before that is read, array by array.
+    """
     try:
-        checkpoints.chosen(None)
-    finally:
-        checkpoints.close()
+        if not (directory / _VERIFIED).exists():
+            for item in _ARRAYS:
+                _read(directory / item, part)
+            return ""
+        files = json.loads((directory / _VERIFIED).read_text(encoding="utf-8"))["files"]
+        for name in sorted(files)[part]:
+            if not (directory / name).is_file():
+                return f"{name} is missing"
+            if (found := _sum(directory / name)) != files[name]:
+                what = "size" if found[0] != files[name][0] else "content"
+                return f"{name} has another {what} than it was saved with"
+    except Exception as error:  # TensorStore raises many kinds for a damaged directory
+        return _first_line(error)
+    return ""
 
 
-def initial_weights(config: Config, shapes: Any, shardings: Any) -> Any:
-    """The newest weights of the run `config.init_from`, in these shardings."""
-    checkpoints = Checkpoints(pathlib.Path(config.init_from))
-    try:
-        abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-        return checkpoints.params(checkpoints.chosen(None), abstract)
-    finally:
-        checkpoints.close()
-
-
-def data_differences(saved: RunRecord, current: RunRecord) -> list[str]:
-    """What differs between the data of two runs: corpora, and how they are mixed and packed."""
-    found = [line for line in differences(saved.config, current.config) if line.split(":")[0] in DATA_FIELDS]
-    if saved.manifest != current.manifest:
-        found.append(f"manifest: {saved.manifest[:12]} -> {current.manifest[:12]}")
+def _read(item: pathlib.Path, part: slice) -> dict[str, int]:
+    """The fingerprints of an item's arrays, from what lies on the disk."""
+    store = {"driver": "ocdbt", "base": f"file://{item}/"}
+    keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
+    names = sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
+    if not names:
+        raise ValueError(f"{item.name} holds no arrays")
+    found = {}
+    for name in names[part]:
+        spec = {"driver": "zarr", "kvstore": store | {"path": name}}
+        found[name] = fingerprint.of_numpy(tensorstore.open(spec, read=True, open=True).result().read().result())
     return found
 
 
-def check_same_run(saved: RunRecord, current: RunRecord, where: str, accept_new_data: bool = False) -> None:
-    """Raises ValueError naming every setting in which a run differs from the one it would continue."""
-    free = FREE_FIELDS | DATA_FIELDS if accept_new_data else FREE_FIELDS
-    changed = [line for line in differences(saved.config, current.config) if line.split(":")[0] not in free]
-    if changed:
-        raise ValueError(
-            f"{where} was made with other settings ({'; '.join(changed)}); take the old settings or another --workdir"
-        )
-    if saved.manifest != current.manifest and not accept_new_data:
-        raise ValueError(
-            f"{where} was trained on another corpus (manifest {saved.manifest[:12]}, data.path now holds "
-            f"{current.manifest[:12]}); point --config.data.path at the old corpus, take another --workdir, or go on "
-            "with the new one, which is recorded, by --accept_new_data"
-        )
+def _files(directory: pathlib.Path) -> list[str]:
+    paths = (path for path in directory.rglob("*") if path.is_file() and path.name != _VERIFIED)
+    return sorted(str(path.relative_to(directory)) for path in paths)
 
 
-def write_run_record(workdir: pathlib.Path, record: RunRecord) -> None:
-    """`workdir/config.json`, made whole or not at all."""
-    draft = workdir / "config.json.tmp"
-    draft.write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
-    draft.replace(workdir / "config.json")
+def _sum(path: pathlib.Path) -> list[int]:
+    """[size, CRC-32] of a file."""
+    size = crc = 0
+    with open(path, "rb") as stream:
+        while piece := stream.read(_PIECE):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
 
 
-def read_run_record(workdir: pathlib.Path) -> RunRecord:
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{workdir} holds no run (no config.json); python -m launch.train --workdir=DIR makes one")
-    try:
-        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -220,11 +220,17 @@ class CheckpointConfig:
     SECTION = "checkpoint"
 
     every: int = _field(500, "steps between checkpoints; the last step is always saved")
-    keep: int = _field(3, "newest checkpoints kept")
+    keep: int = _field(3, "newest verified checkpoints kept; nothing newer than them is removed")
+    keep_every: int = _field(0, "steps whose multiples are kept for ever; 0: none")
+    keep_hours: float = _field(0.0, "hours of which one checkpoint each is kept for ever; 0: none")
     steps: tuple[int, ...] = _field((), "further steps that are saved, and kept for ever")
+    local_dir: str = _field("", "folder on each node's own disk for frequent checkpoints beside these; '': none")
+    local_every: int = _field(50, "steps between checkpoints in local_dir, of which the newest two are kept")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "every", "keep")
+        _check_positive(self, "every", "keep", "local_every")
+        for field in ("keep_every", "keep_hours"):
+            _check(self, field, getattr(self, field) >= 0, "0 or more")
         _check(self, "steps", all(step >= 1 for step in self.steps), "integers of 1 or more")
 
 
@@ -242,12 +248,24 @@ class RunConfig:
     eval_every: int = _field(500, "steps between evaluations on the held-out split; the last step is always evaluated")
     eval_steps: tuple[int, ...] = _field((), "further steps after which is evaluated; 0: before the first")
     eval_batches: int = _field(16, "batches of one evaluation, at most the held-out split once")
-    max_skipped: int = _field(20, "steps in a row with a non-finite loss or gradient that stop the run")
+    spike_sigma: float = _field(
+        0.0, "a step whose loss or gradient norm is this many sigma above the last 128 is skipped; 0: only non-finite"
+    )
+    max_skipped: int = _field(20, "skipped steps in a row that stop the run")
+    watchdog_factor: float = _field(20.0, "the run ends, with every stack, after this many median steps without one")
+    watchdog_seconds: float = _field(60.0, "the least that the watchdog waits for a step; 0: there is none")
+    watchdog_phase_seconds: float = _field(1800.0, "what it waits for a compilation, restore, save or evaluation")
+    deterministic: bool = _field(False, "the same weights twice on GPUs too: slower operations, and no autotuning")
+    compilation_cache: str = _field("auto", "folder of compiled steps; auto: beside the workdir; '': none")
 
     def __post_init__(self) -> None:
         _check_positive(
             self, "steps", "accumulation", "loss_chunk", "log_every", "eval_every", "eval_batches", "max_skipped"
         )
+        for field in ("spike_sigma", "watchdog_seconds"):
+            _check(self, field, getattr(self, field) >= 0, "0 or more")
+        _check(self, "watchdog_factor", self.watchdog_factor >= 2, "2 or more")
+        _check(self, "watchdog_phase_seconds", self.watchdog_phase_seconds > 0, "a positive number")
         _check(self, "eval_steps", all(step >= 0 for step in self.eval_steps), "integers of 0 or more")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from mosaics_jax.config import Config
+from mosaics_jax.config import CheckpointConfig, Config
 from mosaics_jax.nn.model import matmul_weights
 
 # Dense bfloat16 FLOP/s by `device_kind`, from the makers' data sheets. A device that is not here has no MFU.
@@ -81,27 +82,38 @@ def summarise(config: Config, step: int, raw: dict[str, Any], seconds: float, by
 
 
 class MetricWriter:
-    """Appends records to metrics.jsonl and TensorBoard, and shows progress. Every process but the first is silent."""
+    """Appends records to metrics.jsonl and TensorBoard, and shows progress. Every process but the first is silent.
 
-    def __init__(self, workdir: pathlib.Path, total_steps: int, first_step: int):
+    A record has a kind, the wall clock's time, and `up`: seconds since the process began, of a clock that never jumps.
+    The first record of every life is a "start".
+    """
+
+    def __init__(self, workdir: pathlib.Path, saves: CheckpointConfig):
         self._active = jax.process_index() == 0
+        self._bar = tqdm(disable=True)  # until the run's length is known
         if not self._active:
             return
+        _end_last_line(workdir / "metrics.jsonl")
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._board = SummaryWriter(str(workdir / "tensorboard"))
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+        devices = {"processes": jax.process_count(), "devices": jax.device_count()}
+        self.write("start", {**devices, "interval": saves.local_every if saves.local_dir else saves.every})
+
+    def begin(self, total_steps: int, first_step: int) -> None:
+        """Shows the bar."""
+        if self._active:
+            shown = sys.stderr.isatty()
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shown)
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl: `kind` is "train", "eval" or an event such as "resume"."""
         if not self._active:
             return
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **_finite(record)})
-        self._file.write(line + "\n")
+        line = {"kind": kind, "time": round(time.time(), 3), "up": round(uptime(), 3), **_finite(record)}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
+            if "step" in record and name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def advance(self, step: int, record: dict[str, Any] | None) -> None:
@@ -129,6 +141,28 @@ class MetricWriter:
             self._bar.close()
             self._board.close()
             self._file.close()
+
+
+_IMPORTED = time.monotonic()
+
+
+def uptime() -> float:
+    """Seconds since this process began, as Linux tells; elsewhere since this module was imported."""
+    try:
+        stat = pathlib.Path("/proc/self/stat").read_text()
+        begun = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+    except (OSError, ValueError, AttributeError):
+        return time.monotonic() - _IMPORTED
+
+
+def _end_last_line(path: pathlib.Path) -> None:
+    """Ends the line that a killed process was writing: it stays, and does not spoil the next."""
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as stream:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
 
 
 def _percent(mfu: float | str) -> str:

@@ -14,8 +14,8 @@ from mosaics_jax import sharding
 from mosaics_jax.config import Config
 from mosaics_jax.data.source import Batch
 from mosaics_jax.program import Collective, collectives
+from mosaics_jax.restore import state_shardings
 from mosaics_jax.step import init_state, make_train_step
-from mosaics_jax.train import state_shardings
 from pallas_kernels import choice, h100
 
 _CAPABILITY = {"h100": "9.0"}

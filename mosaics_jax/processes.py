@@ -4,17 +4,27 @@ Slurm, Open MPI and Kubernetes tell a process its number; `connect` reads it, or
 and one a node both work. After it, jax sees the devices of all processes.
 """
 
+import itertools
+import json
 import os
 import socket
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax._src import distributed
 from jax._src.clusters import ompi_cluster, slurm_cluster
 
 from mosaics_jax.config import MeshConfig
 
 _GRACE = 20  # seconds that process 0 may have started later, and so wait longer for the rest
+
+_patience = 300  # seconds in which all must come to a meeting; `connect` sets it
+_meetings = itertools.count()  # all processes hold the same ones in the same order
+
+
+class Missing(RuntimeError):
+    """Processes that did not come to a meeting in time, by number."""
 
 
 class Place(NamedTuple):
@@ -44,9 +54,11 @@ def connect(given: Place | None, wait: int, heartbeat: int) -> None:
         _gather(place, deadline, wait)
     else:
         _report(place, deadline, wait)
+    global _patience
+    _patience = wait
     jax.distributed.initialize(
         place.coordinator, place.processes, place.process, place.local_devices,
-        initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat,
+        initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=wait,
     )  # fmt: skip
 
 
@@ -101,6 +113,53 @@ def check_devices(mesh: MeshConfig) -> None:
             f"({jax.local_devices()[0].device_kind}); check CUDA_VISIBLE_DEVICES and the GPUs asked of the scheduler, "
             "or set --config.mesh.devices_per_process=0 to take any number"
         )
+
+
+def exchange(text: str, what: str) -> list[str]:
+    """What every process says, in their order: a meeting that all must come to. Alone, [text].
+
+    Process 0 collects and tells all, so the messages grow with the number of processes and not with its square.
+
+    Raises:
+      Missing: who did not come; `what` names the meeting.
+    """
+    count, me = jax.process_count(), jax.process_index()
+    if count == 1:
+        return [text]
+    client: Any = distributed.global_state.client
+    key = f"mosaics/{next(_meetings)}/{what}"
+    deadline = time.monotonic() + _patience
+    if me:
+        client.key_value_set(f"{key}/{me}", json.dumps(text))
+        answer = _told(client, f"{key}/all", deadline + _GRACE)
+    else:
+        said = [json.dumps(text)] + [_told(client, f"{key}/{process}", deadline) for process in range(1, count)]
+        missing = [process for process, one in enumerate(said) if one is None]
+        answer = json.dumps(missing) if missing else json.dumps({"said": said})
+        client.key_value_set(f"{key}/all", answer)
+    found = [0] if answer is None else json.loads(answer)
+    if isinstance(found, list):
+        raise Missing(f"{_numbers(found)} did not come to {what!r} within {_patience} s; look at their logs")
+    return [json.loads(one) for one in found["said"]]
+
+
+def barrier(what: str) -> None:
+    """Waits for all processes. Raises Missing, which names those that do not come."""
+    exchange("", what)
+
+
+def agree(problem: str, what: str) -> str:
+    """The first problem that any process has, the same for all; "" where none has one."""
+    return next(filter(None, exchange(problem, what)), "")
+
+
+def _told(client: Any, key: str, deadline: float) -> str | None:
+    try:
+        return client.blocking_key_value_get(key, max(1, int(1000 * (deadline - time.monotonic()))))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise
 
 
 def _gather(place: Place, deadline: float, wait: int) -> None:

@@ -21,16 +21,21 @@ from mosaics_jax.optimizer import learning_rate, make_optimizer
 
 Metrics = dict[str, Any]
 
+RECENT = 128  # accepted steps that a spike is held against
+SKIPPED = ("", "not finite", "loss spike", "gradient norm spike")  # why, by the metric "skip"
+
 
 class TrainState(NamedTuple):
     """All that a step changes, or the shapes or shardings of it.
 
-    `step` counts batches read, `skipped` those among them that changed nothing else.
+    `step` counts batches read, `skipped` those among them that changed nothing else. `recent` [2, RECENT] float32 are
+    the losses and gradient norms of the last accepted steps, in a ring; NaN where there have not been so many.
     """
 
     step: Any
     skipped: Any
     skipped_in_row: Any
+    recent: Any
     params: Any
     opt_state: Any
 
@@ -44,7 +49,7 @@ def init_state(config: Config, params: dict[str, Any] | None = None) -> TrainSta
         params = nn_model.to_values(nn_model.LanguageModel(config.model, config.run.seed))
     opt_state = _optimizer(config).init(params)
     zero = jnp.int32(0)
-    return TrainState(zero, zero, zero, params, opt_state)
+    return TrainState(zero, zero, zero, jnp.full((2, RECENT), jnp.nan, jnp.float32), params, opt_state)
 
 
 def draw_delay(config: Config, step: jax.Array) -> jax.Array:
@@ -56,7 +61,8 @@ def draw_delay(config: Config, step: jax.Array) -> jax.Array:
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)`. Metrics are of the weights before the update.
 
-    A non-finite loss or gradient leaves weights and optimiser as they are, and is counted.
+    A non-finite loss or gradient leaves weights and optimiser as they are, and is counted; so does, where
+    `run.spike_sigma` is set, a loss or gradient norm so far above those of the last RECENT accepted steps.
     """
     optimizer, schedule = _optimizer(config), learning_rate(config.optimizer, config.run.steps)
     specs = sharding.parameter_specs(nn_model.parameter_axes(config.model))
@@ -72,28 +78,46 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         scale = 1 / jnp.maximum(tokens, 1)
         loss, grads = loss_sum * scale, jax.tree.map(lambda grad: grad * scale, grads)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        measured = jnp.stack([loss, grad_norm])
+        skip, limits = _skip(measured, state.recent, config.run.spike_sigma)
+        accepted = skip == 0
 
         def update() -> tuple[dict[str, Any], optax.OptState]:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             return optax.apply_updates(state.params, updates), opt_state
 
-        params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
-        skipped_in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
-        skipped = state.skipped + jnp.where(finite, 0, 1)
+        params, opt_state = lax.cond(accepted, update, lambda: (state.params, state.opt_state))
+        skipped_in_row = jnp.where(accepted, 0, state.skipped_in_row + 1)
+        skipped = state.skipped + jnp.where(accepted, 0, 1)
+        place = (state.step - state.skipped) % RECENT
+        recent = jnp.where(accepted, state.recent.at[:, place].set(measured), state.recent)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.skipped),
             "tokens": tokens,
             "delay": delay,
+            "skip": skip,
+            "limits": limits,
             "skipped": skipped,
             "skipped_in_row": skipped_in_row,
             "health": health,
         }
-        return TrainState(state.step + 1, skipped, skipped_in_row, params, opt_state), metrics
+        return TrainState(state.step + 1, skipped, skipped_in_row, recent, params, opt_state), metrics
 
     return train_step
+
+
+def _skip(measured: jax.Array, recent: jax.Array, sigma: float) -> tuple[jax.Array, jax.Array]:
+    """Why a step of this loss and gradient norm is skipped (an index of SKIPPED), and the limits of the two.
+
+    limit = mean + sigma x standard deviation of the last RECENT accepted steps; NaN, which nothing exceeds, before
+    there are as many.
+    """
+    limits = recent.mean(axis=1) + sigma * recent.std(axis=1) if sigma else jnp.full(2, jnp.nan, jnp.float32)
+    spikes = measured > limits
+    reason = jnp.where(spikes[0], 2, jnp.where(spikes[1], 3, 0))
+    return jnp.where(jnp.isfinite(measured).all(), reason, 1), limits
 
 
 def make_eval_step(config: Config) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:

@@ -11,10 +11,11 @@ import pytest
 
 import mosaics_jax
 from mosaics_jax import decode
-from mosaics_jax.checkpoint import Checkpoints, RunRecord, write_run_record
+from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, default_config, load_config
 from mosaics_jax.data.tokenizer import ByteTokenizer
 from mosaics_jax.nn.model import from_values, to_values
+from mosaics_jax.record import RunRecord, write_run_record
 from mosaics_jax.step import TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -75,7 +76,9 @@ def test_load_takes_the_newest_checkpoint_of_a_run(model, tmp_path):
         mosaics_jax.load(tmp_path)
     older = jax.tree.map(jnp.zeros_like, to_values(model))
     for step, params in ((2, older), (10, to_values(model))):
-        state = TrainState(jnp.int32(step), jnp.int32(0), jnp.int32(0), params, {"moment": jnp.zeros(3)})
+        state = TrainState(
+            jnp.int32(step), jnp.int32(0), jnp.int32(0), jnp.zeros((2, 128)), params, {"moment": jnp.zeros(3)}
+        )
         checkpoints.save(state, step, record)
         checkpoints.wait()
     checkpoints.close()

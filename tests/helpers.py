@@ -37,7 +37,14 @@ def tiny_config(corpus: pathlib.Path | str = "", **changes: Any) -> config_lib.C
     }  # fmt: skip
     values["data"] |= {"path": str(corpus), "context": 32, "batch": 4}
     values["optimizer"] |= {"peak_learning_rate": 1e-2, "warmup_steps": 2}
-    values["run"] |= {"steps": 8, "log_every": 2, "eval_every": 4, "eval_batches": 2, "loss_chunk": 64}
+    values["run"] |= {
+        "compilation_cache": "",
+        "steps": 8,
+        "log_every": 2,
+        "eval_every": 4,
+        "eval_batches": 2,
+        "loss_chunk": 64,
+    }
     values["checkpoint"] |= {"every": 3}
     for name, value in changes.items():
         section, _, field = name.rpartition(".")

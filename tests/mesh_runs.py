@@ -21,8 +21,8 @@ from mosaics_jax import sharding
 from mosaics_jax.config import Config
 from mosaics_jax.data.source import Batch
 from mosaics_jax.nn.model import parameter_axes
+from mosaics_jax.restore import state_shardings
 from mosaics_jax.step import _loss_and_grads, init_state, make_eval_step, make_train_step
-from mosaics_jax.train import state_shardings
 
 DEVICES, STEPS = 8, 20
 MESHES: dict[str, dict[str, int]] = {

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import mosaics_jax
+from mosaics_jax import loop
 from mosaics_jax import train as train_lib
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.mixture import Mixture
@@ -155,17 +156,18 @@ def test_a_mixture_is_trained_evaluated_and_reported(tmp_path: pathlib.Path) -> 
     assert mosaics_jax.load(tmp_path / "run")[0] is not None
 
 
-def test_a_damaged_checkpoint_is_named(corpus: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    corpus: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints" / "8" / "params")
     with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read .*move that directory away"):
         mosaics_jax.load(workdir)
-    config = helpers.tiny_config(corpus)
-    with pytest.raises(ValueError, match=r"checkpoints/8 cannot be read"):
-        train_lib.train(config, workdir)
-    shutil.move(workdir / "checkpoints" / "8", tmp_path / "damaged")
-    train_lib.train(config, workdir)
+    train_lib.train(helpers.tiny_config(corpus), workdir)
+    assert "durable checkpoint 8 is damaged (params/" in capsys.readouterr().out
+    assert (workdir / "damaged" / "8" / "optimizer").is_dir()
+    assert [record["step"] for record in _records(workdir, "resume")] == [6]
     _assert_same_weights(workdir, finished, tmp_path)
 
 
@@ -183,15 +185,17 @@ def test_workdirs_without_a_run(tmp_path: pathlib.Path) -> None:
 def test_too_many_bad_steps_stop_the_run(
     corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_lib.batches
+    real = loop.batches
 
     def spoiled(*args: Any, **kwargs: Any):
         for number, batch in enumerate(real(*args, **kwargs)):
             bad = isinstance(args[0], Mixture) and number >= 2
             yield Batch(*batch[:-1], np.full_like(batch.weight, np.nan)) if bad else batch
 
-    monkeypatch.setattr(train_lib, "batches", spoiled)
-    with pytest.raises(train_lib.TrainingStopped, match=r"not finite in all of steps 3 to 5"):
+    monkeypatch.setattr(loop, "batches", spoiled)
+    with pytest.raises(
+        train_lib.TrainingStopped, match=r"steps 3 to 5 were all skipped, the last for this: not finite"
+    ):
         train_lib.train(helpers.tiny_config(corpus, **{"run.max_skipped": 3, "run.log_every": 1}), tmp_path / "run")
     assert [record["skipped"] for record in _records(tmp_path / "run", "train")] == [0, 0, 1, 2]
 

@@ -99,6 +99,12 @@ class Corpora:
         ]
         return Mixture(sources, phases)
 
+    def places(self, rows: range) -> list[tuple[str, int]]:
+        """Of rows of the run: the corpus of each, and its number there, which `launch.prepare --inspect` takes."""
+        mixture, names = self.training(), list(self.manifests)
+        found = [mixture.lies(row) for row in rows]
+        return [(names[source], index) for source, index in found]
+
     def tokens(self, name: str) -> Tokens:
         """The training tokens of one corpus, laid end to end."""
         return Tokens(self.manifests[name], "train")

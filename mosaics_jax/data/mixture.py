@@ -59,14 +59,19 @@ class Mixture:
         first, weights = self._phases[number]
         return _sums(self._before[number], _given(count - first, weights))
 
-    def __getitem__(self, row: int) -> np.ndarray:
+    def lies(self, row: int) -> tuple[int, int]:
+        """Number of the source that gives `row`, and the number of the row among the source's own."""
         number, place = self.place(row)
         source = self._sources[number]
         epoch, index = divmod(place, len(source.rows))
         if self._shuffle:
             key = permutation_key("rows", source.key, source.rows.context, epoch)
             index = int(permute(np.array([index]), len(source.rows), key)[0])
-        return source.rows[index]
+        return number, index
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        number, index = self.lies(row)
+        return self._sources[number].rows[index]
 
 
 def _integers(weights: Sequence[float]) -> list[int]:

@@ -13,12 +13,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mosaics_jax import decode, dims, sharding, visibility
-from mosaics_jax.checkpoint import Checkpoints, read_run_record
+from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, MeshConfig, ModelConfig
 from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mosaics_jax.loss import token_losses
 from mosaics_jax.nn.memory import Context
 from mosaics_jax.nn.model import LanguageModel, from_values, parameter_axes, to_values
+from mosaics_jax.record import read_run_record
 
 _GREEDY = decode.Sampling(temperature=0, top_k=0, top_p=1)
 _ROWS = PartitionSpec(sharding.BATCH[0])
