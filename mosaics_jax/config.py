@@ -7,7 +7,9 @@ fields (`--config.model.layers=8`); `Config.from_config_dict` makes the frozen f
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -23,20 +25,33 @@ def _field(default: Any, doc: str) -> Any:
 
 def _check(section: Any, field: str, legal: bool, what_is_legal: str) -> None:
     if not legal:
-        raise ValueError(f"{section.SECTION}.{field} is {getattr(section, field)!r}; legal: {what_is_legal}")
+        raise ValueError(f"{section.SECTION}.{field} is {_shown(getattr(section, field))}; legal: {what_is_legal}")
 
 
 def _check_weights(where: str, weights: Any) -> None:
     if not isinstance(weights, Mapping) or not weights:
-        raise ValueError(f"{where} is {weights!r}; legal: {{name: weight}}")
+        raise ValueError(f"{where} is {_shown(weights)}; legal: {{name: weight}}")
     for name, weight in weights.items():
-        if "/" in name or name in ("", ".", ".."):
-            raise ValueError(f"{where} has the name {name!r}; legal: the name of a folder in data.path")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise ValueError(f"{where}.{name} is {weight!r}; legal: a positive number (leave out what has no part)")
+        if not isinstance(name, str) or not _FOLDER.fullmatch(name) or name in (".", "..") or not name.isprintable():
+            raise ValueError(f"{where} has the name {_shown(name)}; legal: the name of a folder in data.path")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight <= _GREATEST_WEIGHT:
+            raise ValueError(
+                f"{where}.{name} is {_shown(weight)}; legal: a positive number of at most {_GREATEST_WEIGHT:g} "
+                "(leave out what has no part)"
+            )
     for name, weight in weights.items():
         if weight < 1e-5 * sum(weights.values()):
             raise ValueError(f"{where}.{name} is {weight!r}, less than 1e-5 of their sum; leave it out")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: cut where it is long. Python itself refuses to write out huge integers and deep lists."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _check_positive(section: Any, *fields: str) -> None:
@@ -50,6 +65,10 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "block")
 PACKINGS = ("concat", "best_fit")
 IMPLEMENTATIONS = ("auto", "hopper", "reference", "xla")
+_FOLDER = re.compile("[^/]{1,255}")
+_INTEGERS = 2**31
+_GREATEST_WEIGHT = 1e100  # the sum of any number of them is finite
+_MOST_SHOWN = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +119,8 @@ class ModelConfig:
                 f"model.delay_max is {self.delay_max} with model.window = {self.window}: pairs between the two are "
                 f"seen by neither memory; legal: model.delay_min <= delay_max <= {self.window}"
             )
+        _check(self, "rope_theta", self.rope_theta > 0, "a positive number")
+        _check(self, "norm_epsilon", self.norm_epsilon > 0, "a positive number")
         _check(self, "compute_dtype", self.compute_dtype in DTYPES, ", ".join(DTYPES))
         _check(self, "remat", self.remat in REMAT_POLICIES, ", ".join(REMAT_POLICIES))
         _check(self, "implementation", self.implementation in IMPLEMENTATIONS, ", ".join(IMPLEMENTATIONS))
@@ -141,7 +162,7 @@ class DataConfig:
         if self.mixture_changes:
             _check(self, "mixture_changes", bool(self.mixture), "{} where data.mixture is {}")
         for step, weights in self.mixture_changes.items():
-            legal = step.isdecimal() and int(step) > 0 and str(int(step)) == step
+            legal = isinstance(step, str) and re.fullmatch("[1-9][0-9]{0,9}", step) is not None
             _check(self, "mixture_changes", legal, "{step: {name: weight}}, steps being integers of 1 or more")
             _check_weights(f"data.mixture_changes.{step}", weights)
 
@@ -289,27 +310,44 @@ class Config:
             if not dataclasses.is_dataclass(kind):
                 made[name] = _as_type(kind, values[name], name)
                 continue
-            fields = _exact_fields(kind, values[name], f"config.{name}")
-            made[name] = kind(**{f: _as_type(t, values[name][f], f"{name}.{f}") for f, t in fields.items()})
+            made[name] = _section(kind, values[name])
         return cls(**made)
 
     @classmethod
     def from_config_dict(cls, config: ml_collections.ConfigDict) -> "Config":
-        return cls.from_dict(config.to_dict())
+        try:
+            values = config.to_dict()
+        except TypeError as error:  # it sorts the names of a dictionary
+            raise ValueError(
+                f"a dictionary of the config has names that are no strings ({error}); legal: strings"
+            ) from error
+        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
+def model_from_dict(values: Any) -> ModelConfig:
+    """The config of a model by itself. A field that it lacks is newer than it: the default is what was done then."""
+    if not isinstance(values, Mapping) or "memories" not in values:
+        raise ValueError(f"{_shown(values)} is no config of a model; legal: a mapping with memories and other fields")
+    return _section(ModelConfig, {**dataclasses.asdict(ModelConfig()), **values})
+
+
+def _section(kind: Any, values: Any) -> Any:
+    fields = _exact_fields(kind, values, f"config.{kind.SECTION}")
+    return kind(**{f: _as_type(t, values[f], f"{kind.SECTION}.{f}") for f, t in fields.items()})
+
+
 def _exact_fields(kind: type, values: Any, where: str) -> dict[str, type]:
     fields = {f.name: f.type for f in dataclasses.fields(kind)}
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} is {values!r}; legal: a mapping with {', '.join(fields)}")
+        raise ValueError(f"{where} is {_shown(values)}; legal: a mapping with {', '.join(fields)}")
     for name in values:
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, 1)
+            close = difflib.get_close_matches(str(name), fields, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"legal: {', '.join(fields)}"
-            raise ValueError(f"{where} has no field {name!r}; {hint}")
+            raise ValueError(f"{where} has no field {_shown(name)}; {hint}")
     for name in fields:
         if name not in values:
             raise ValueError(f"{where} lacks the field {name!r}")
@@ -321,14 +359,19 @@ def _as_type(kind: Any, value: Any, where: str) -> Any:
     if kind in (tuple[str, ...], tuple[int, ...]):
         (of, _) = typing.get_args(kind)
         if isinstance(value, list | tuple) and all(type(part) is of for part in value):
-            return tuple(value)
-        raise ValueError(f"{where} is {value!r}; legal: a tuple of {of.__name__}")
+            return tuple(_as_type(of, part, where) for part in value)
+        raise ValueError(f"{where} is {_shown(value)}; legal: a tuple of {of.__name__}")
     if typing.get_origin(kind) is Mapping and isinstance(value, Mapping):
         return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int and abs(value) < _INTEGERS:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where} is {value!r}; legal: a value of type {getattr(kind, '__name__', kind)}")
+        raise ValueError(f"{where} is {_shown(value)}; legal: a value of type {getattr(kind, '__name__', kind)}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; legal: a finite number")
+    # Counts and sizes go into int32; seeds are only hashed.
+    if kind is int and not where.endswith(".seed") and abs(value) >= _INTEGERS:
+        raise ValueError(f"{where} is {_shown(value)}; legal: an integer below {_INTEGERS}")
     return value
 
 

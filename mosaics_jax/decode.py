@@ -4,7 +4,8 @@ Prompts of a batch are aligned at their ends: a row's padding lies before it, as
 is ever read. Afterwards every cache counts from its own prompt's first token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -86,16 +87,25 @@ def generate(
 
     Every prompt is the beginning of a document of its own and may be of any length, the empty one included.
     """
-    for name, value, legal, what in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 (the likeliest token) or more"),
-        ("top_k", top_k, top_k >= 0, "0 (all) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]"),
+    for name, value, kind, legal, what in (
+        # Positions are int32, and a prompt takes some of them.
+        (
+            "max_new_tokens",
+            max_new_tokens,
+            Integral,
+            lambda n: 1 <= n <= 2**30,
+            "1 or more, an integer to 2**30",
+        ),
+        ("temperature", temperature, Real, lambda t: t >= 0, "0 (the likeliest token) or more"),
+        ("top_k", top_k, Integral, lambda k: 0 <= k < 2**31, "0 (all) or more, an integer below 2**31"),
+        ("top_p", top_p, Real, lambda p: 0 < p <= 1, "a number in (0, 1]"),
+        ("seed", seed, Integral, lambda n: -(2**63) <= n < 2**63, "an integer of 64 bits"),
     ):
-        if not legal:
+        if not (isinstance(value, kind) and legal(value)):
             raise ValueError(f"{name} is {value!r}; legal: {what}")
-    if isinstance(prompts, str):
-        raise ValueError("prompts is a str; legal: a list of str")
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is a {type(prompts).__name__}; legal: a list of str")
+    prompts = list(prompts)
     if not prompts:
         return []
     if tokenizer.vocabulary > model.config.vocabulary:

@@ -238,10 +238,10 @@ def test_the_seed_decides_what_is_drawn():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; legal: 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; legal: 1 or more, an integer to 2**30"),
         ({"temperature": -0.1}, "temperature is -0.1; legal: 0 (the likeliest token) or more"),
         ({"temperature": float("nan")}, "temperature is nan; legal: 0 (the likeliest token) or more"),
-        ({"top_k": -1}, "top_k is -1; legal: 0 (all) or more"),
+        ({"top_k": -1}, "top_k is -1; legal: 0 (all) or more, an integer below 2**31"),
         ({"top_p": 0.0}, "top_p is 0.0; legal: a number in (0, 1]"),
         ({"top_p": 1.5}, "top_p is 1.5; legal: a number in (0, 1]"),
         ({"prompts": "text"}, "prompts is a str; legal: a list of str"),

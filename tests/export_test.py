@@ -147,22 +147,26 @@ def test_a_truncated_file_is_named(share, tmp_path):
     [
         (
             {"blocks.0.W_1": np.zeros((48, 32), np.float32)},
-            "tensor 'blocks.0.W_1' is (48, 32); legal by config.json: (32, 48)",
+            "tensor 'blocks.0.W_1' is F32 (48, 32); legal by config.json: F32 (32, 48)",
         ),
         (
             {"blocks.0.short.gamma": None},
-            "tensor 'blocks.0.short.gamma' is absent; legal by config.json: (2,)",
+            "tensor 'blocks.0.short.gamma' is absent; legal by config.json: F32 (2,)",
         ),
         (
             {"blocks.1.W_1": np.zeros((32, 48), np.float32)},
-            "tensor 'blocks.1.W_1' is (32, 48); legal by config.json: absent",
+            "tensor 'blocks.1.W_1' is F32 (32, 48); legal by config.json: absent",
+        ),
+        (
+            {"blocks.0.W_1": np.zeros((32, 48), np.float16)},
+            "tensor 'blocks.0.W_1' is F16 (32, 48); legal by config.json: F32 (32, 48)",
         ),
         (
             {"lm_head": np.zeros((), np.float32)},
-            "tensor 'lm_head' is (); legal by config.json: absent",
+            "tensor 'lm_head' is F32 (); legal by config.json: absent",
         ),
     ],
-    ids=["wrong shape", "missing", "foreign layer", "foreign name"],
+    ids=["wrong shape", "missing", "foreign layer", "wrong type", "foreign name"],
 )
 def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
     export.save_safetensors(_model("mosaic"), tmp_path)

@@ -102,7 +102,7 @@ def _plan_problems(manifest: Manifest, folder: pathlib.Path) -> Iterator[str]:
             rows = BestFitRows(manifest, split, context)
             if (found := rows.problem()) is not None:
                 yield found
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         yield f"{str(folder)!r}: {error}"
 
 
@@ -120,7 +120,7 @@ def summary(manifest: Manifest) -> str:
             f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes, "
             f"{len(split.shards):,} shards, bigram entropy {split.bigram_entropy:.3f} bits per byte",
         ]
-        most = max(split.document_lengths.values(), default=1)
+        most = max(1, *split.document_lengths.values())
         for power, count in split.document_lengths.items():
             lines.append(f"  {power // 2 + 1:>11,} to {power:>11,} tokens {count:>11,} {'#' * -(-40 * count // most)}")
     return "\n".join(lines)

@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import reprlib
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -121,53 +123,108 @@ class Manifest:
         body = {"format": _FORMAT, "version": _VERSION} | dataclasses.asdict(self)
         del body["directory"]
         content = json.dumps(body, indent=2, ensure_ascii=False) + "\n"
-        write_whole(self.directory / MANIFEST, content.encode())
+        # Names of files need not be UTF-8; what is not becomes an escape of JSON.
+        write_whole(self.directory / MANIFEST, content.encode(errors="backslashreplace"))
 
     @classmethod
     def load(cls, directory: str | pathlib.Path) -> "Manifest":
         """Reads `directory`/manifest.json. ValueError if it is absent, not JSON, or of another format."""
         path = pathlib.Path(directory) / MANIFEST
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):  # False also for what can be no path; so is isfile
             raise ValueError(f"no prepared corpus: {str(directory)!r} is not a directory; {_REMEDY}")
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"no prepared corpus: {str(directory)!r} holds no {MANIFEST}; {_REMEDY}")
         try:
-            body = json.loads(path.read_bytes())
-            found = body.pop("format"), body.pop("version")
-            if found != (_FORMAT, _VERSION):
-                raise ValueError(f"format {found}, this version reads {(_FORMAT, _VERSION)}")
-            splits = {name: _split_from(split) for name, split in body.pop("splits").items()}
-            made = cls(directory=path.parent, splits=splits, **body)
-            _check(made)
-            return made
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return _manifest_from(path.parent, json.loads(path.read_bytes()))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{str(path)!r} is not a manifest ({type(error).__name__}: {error}); prepare the corpus again"
+                f"{str(path)!r} is not a manifest ({type(error).__name__}: {reason}); prepare the corpus again"
             ) from error
 
 
-def _split_from(body: dict[str, Any]) -> Split:
-    shards = tuple(Shard(**shard) for shard in body.pop("shards"))
-    lengths = {int(power): count for power, count in body.pop("document_lengths").items()}
-    return Split(shards=shards, document_lengths=lengths, **body)
+def _manifest_from(directory: pathlib.Path, body: Any) -> Manifest:
+    """ValueError for anything that `Manifest.save` does not write."""
+    if not isinstance(body, dict):
+        raise ValueError(f"a {type(body).__name__}; legal: an object")
+    if (found := (body.get("format"), body.get("version"))) != (_FORMAT, _VERSION):
+        raise ValueError(f"format {reprlib.repr(found)}, this version reads {(_FORMAT, _VERSION)}")
+    body = {name: value for name, value in body.items() if name not in ("format", "version")}
+    made = _checked(Manifest, body | {"directory": directory}, "it", {
+        "dtype": lambda value: value in ("uint16", "uint32"), "vocabulary": _id, "begin": _id, "end": _id,
+        "tokenizer_kind": _text, "tokenizer_fingerprint": _text, "splits": _mapping, "skipped": _counts,
+        "arguments": _mapping, "command": lambda value: isinstance(value, str),
+    })  # fmt: skip
+    if sorted(made.splits) != sorted(SPLITS):
+        raise ValueError(f"splits {reprlib.repr(list(made.splits))}; legal: {', '.join(SPLITS)}")
+    return dataclasses.replace(made, splits={name: _split_from(split, name) for name, split in made.splits.items()})
 
 
-def _check(manifest: Manifest) -> None:
-    if manifest.dtype not in ("uint16", "uint32"):
-        raise ValueError(f"dtype {manifest.dtype!r}; legal: uint16, uint32")
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            if pathlib.PurePath(shard.file).name != shard.file or not shard.file.endswith(".tokens"):
-                raise ValueError(f"shard {shard.file!r} is not a name ending in .tokens")
-            if shard.tokens < 0 or shard.documents < 0:
-                raise ValueError(f"shard {shard.file!r} has {shard.tokens} tokens in {shard.documents} documents")
+def _split_from(body: Any, name: str) -> Split:
+    made = _checked(Split, body, f"split {name!r}", {
+        "documents": _count, "tokens": _count, "bytes": _count, "shards": lambda value: isinstance(value, list),
+        "bigram_entropy": lambda value: isinstance(value, int | float) and 0 <= value <= 8,
+        "document_lengths": lambda value: _counts(value) and all(map(re.compile("[1-9][0-9]{0,18}").fullmatch, value)),
+    })  # fmt: skip
+    shards = tuple(shard_from(shard, name) for shard in made.shards)
+    lengths = {int(power): count for power, count in made.document_lengths.items()}
+    return dataclasses.replace(made, shards=shards, document_lengths=lengths)
+
+
+def shard_from(body: Any, split: str) -> Shard:
+    """The shard that `body`, read from a file, describes. ValueError where it is none, or its file lies elsewhere."""
+    return _checked(Shard, body, f"a shard of split {split!r}", {
+        # A name of the directory's own: no folder, no NUL, nothing that a file system reads in a way of its own.
+        "file": lambda value: _text(value) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.tokens", value),
+        "tokens": _count, "documents": _count, "sha256": lambda value: _text(value) and len(value) == 64,
+    })  # fmt: skip
+
+
+def _checked[Kind](kind: type[Kind], body: Any, where: str, legal: Mapping[str, Callable[[Any], Any]]) -> Kind:
+    """`kind(**body)`. ValueError naming the first field that is missing, unknown or not as `legal` says."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(body, dict):
+        raise ValueError(f"{where} is {reprlib.repr(body)}; legal: an object with {', '.join(fields)}")
+    for name in body:
+        if name not in fields:
+            raise ValueError(f"{where} has a field {reprlib.repr(name)}; legal: {', '.join(fields)}")
+    for name, field in fields.items():
+        if name not in body and field.default is dataclasses.MISSING:
+            raise ValueError(f"{where} lacks the field {name!r}")
+        if name in body and name in legal and not legal[name](body[name]):
+            raise ValueError(f"{where} has {name} {reprlib.repr(body[name])}, which `prepare` never writes")
+    return kind(**body)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**60  # times the bytes of a token, an offset in a file
+
+
+def _id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31  # read as int32
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_text, value)) and all(map(_count, value.values()))
 
 
 def shard_document_ends(manifest: Manifest, shard: Shard) -> np.ndarray:
     """Where each document of a shard ends, in tokens from its beginning. ValueError if the file is not the shard's."""
     path = manifest.directory / shard.documents_file
-    ends = np.fromfile(path, "<u8").astype(np.int64)
-    if len(ends) != shard.documents or (len(ends) and ends[-1] != shard.tokens):
+    try:
+        ends = np.fromfile(path, "<u8").astype(np.int64)
+    except OSError as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}); {AGAIN}") from error
+    sizes = np.diff(ends, prepend=0)
+    if len(ends) != shard.documents or sizes.min(initial=2) < 2 or int(sizes.sum()) != shard.tokens:
         raise ValueError(f"{str(path)!r} does not match its shard; {AGAIN}")
     return ends
 

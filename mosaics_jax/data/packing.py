@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mosaics_jax.data.corpus import Manifest, Shard, shard_document_ends, write_whole
+from mosaics_jax.data.corpus import Manifest, Shard, cannot_write, shard_document_ends, write_whole
 from mosaics_jax.data.source import Tokens, check_context, check_size
 
 _FORMAT = "mosaics_jax packing 1"
@@ -77,7 +77,10 @@ def plan_rows(manifest: Manifest, context: int) -> dict[str, float]:
     The plan is whole or absent: its description is written last.
     """
     check_context(context)
-    plan_folder(manifest, context).mkdir(exist_ok=True)
+    try:
+        plan_folder(manifest, context).mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(plan_folder(manifest, context), error) from error
     rows = {
         name: [plan_shard(manifest, shard, context) for shard in split.shards]
         for name, split in manifest.splits.items()
@@ -106,21 +109,24 @@ class BestFitRows:
         folder = plan_folder(manifest, context)
         remedy = f"`python -m launch.prepare --pack={manifest.directory} --context={context}` makes it"
         try:
-            body: dict[str, Any] = json.loads((folder / "plan.json").read_bytes())
+            body = json.loads((folder / "plan.json").read_bytes())
         except OSError:
             raise ValueError(
                 f"{str(manifest.directory)!r} has no best-fit plan for rows of {context}; {remedy}"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{str(folder / 'plan.json')!r} is damaged ({error}); {remedy}") from error
-        if (body.get("format"), body.get("corpus")) != (_FORMAT, manifest.fingerprint):
+        if not isinstance(body, dict) or (body.get("format"), body.get("corpus")) != (_FORMAT, manifest.fingerprint):
             raise ValueError(f"{str(folder)!r} was planned for another corpus; {remedy} anew")
         shards = manifest.split(split).shards
+        counts = _row_counts(body.get("rows"), split, len(shards))
+        if counts is None:
+            raise ValueError(f"{str(folder / 'plan.json')!r} is damaged (its rows of {split!r}); {remedy}")
         self._shards = shards
         self._names = [str(folder / shard.file.removesuffix(".tokens")) for shard in shards]
-        self._rows = [0, *itertools.accumulate(body["rows"][split])]
+        self._rows = [0, *itertools.accumulate(counts)]
         self._shard_starts = [0, *itertools.accumulate(shard.tokens for shard in shards)]
-        for name, count in zip(self._names, body["rows"][split], strict=True):
+        for name, count in zip(self._names, counts, strict=True):
             check_size(f"{name}.rows", 8 * (count + 1))
 
     def __len__(self) -> int:
@@ -130,12 +136,15 @@ class BestFitRows:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index}; legal: 0 to {len(self) - 1}")
         shard = bisect.bisect_right(self._rows, index) - 1
-        first, last = _numbers(f"{self._names[shard]}.rows", int(index) - self._rows[shard], 2)
+        first, last = _numbers(f"{self._names[shard]}.rows", int(index) - self._rows[shard], 2).tolist()
         table = _numbers(f"{self._names[shard]}.pieces", 2 * first, 2 * (last - first)).reshape(-1, 2)
         row = np.empty((2, self.context), np.int32)
         row[0], row[1] = self._end, self._tokens.begin
         place = 0
+        tokens = self._shards[shard].tokens
         for start, length in table.tolist():
+            if not (0 <= start < start + length < tokens and place + length <= self.context):
+                raise ValueError(f"the plan {self._names[shard]!r} does not fit its shard; plan the rows again")
             piece = self._tokens.read(self._shard_starts[shard] + start, length + 1)
             row[0, place : place + length], row[1, place : place + length] = piece[:-1], piece[1:]
             row[0, place] = ~row[0, place]
@@ -147,24 +156,36 @@ class BestFitRows:
     def problem(self) -> str | None:
         """What is wrong with the plan, if something is: every document must lie in the rows, and no row be too full."""
         for name, first, shard in zip(self._names, self._rows, self._shards, strict=False):
-            rows = np.fromfile(f"{name}.rows", "<u8").astype(np.int64)
-            table = np.fromfile(f"{name}.pieces", "<u8").astype(np.int64).reshape(-1, 2)
+            rows = _numbers(f"{name}.rows", 0, os.path.getsize(f"{name}.rows") // 8)
+            if rows[0] or (np.diff(rows) < 1).any():
+                return f"the plan {name!r} (rows from {first}) is damaged; plan the rows again"
+            table = _numbers(f"{name}.pieces", 0, 2 * int(rows[-1])).reshape(-1, 2)
             full = np.add.reduceat(table[:, 1], rows[:-1]) if len(rows) > 1 else np.zeros(1, np.int64)
             in_order = table[np.argsort(table[:, 0])]
             ends = in_order.sum(axis=1)
             gaps = np.append(in_order[:, 0], shard.tokens) - np.append(0, ends)  # the end of each document is one
             whole = len(gaps) and not gaps[0] and set(gaps.tolist()) <= {0, 1} and gaps.sum() == shard.documents
-            if rows[-1] != len(table) or full.max() > self.context or not whole:
+            if full.max() > self.context or not whole:
                 return f"the plan {name!r} (rows from {first}) does not cover its shard; plan the rows again"
         return None
+
+
+def _row_counts(rows: Any, split: str, shards: int) -> list[int] | None:
+    """Rows of each shard as plan.json has them; None where it has something else."""
+    counts = rows.get(split) if isinstance(rows, dict) else None
+    if not isinstance(counts, list) or len(counts) != shards:
+        return None
+    return counts if all(type(count) is int and 0 <= count < 2**50 for count in counts) else None
 
 
 def _numbers(path: str, start: int, count: int) -> np.ndarray:
     try:
         with open(path, "rb", buffering=0) as stream:
-            content = os.pread(stream.fileno(), 8 * count, 8 * start)
+            size = os.fstat(stream.fileno()).st_size
+            whole = 0 <= 8 * start <= 8 * (start + count) <= size  # a damaged plan names places that no file has
+            content = os.pread(stream.fileno(), 8 * count, 8 * start) if whole else b""
     except OSError as error:
         raise ValueError(f"{path!r} cannot be read ({error.strerror}); plan the rows again") from error
-    if len(content) != 8 * count:
-        raise ValueError(f"{path!r} ends at byte {8 * start + len(content)}; plan the rows again")
+    if not whole or len(content) != 8 * count:
+        raise ValueError(f"{path!r} ends at byte {size}, {8 * (start + count)} expected; plan the rows again")
     return np.frombuffer(content, "<u8").astype(np.int64)

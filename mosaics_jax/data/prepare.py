@@ -34,6 +34,7 @@ from mosaics_jax.data.workplace import Settings, UnusableError, workplace
 
 # A worker holds some numbers for each document of a shard.
 _MOST_DOCUMENTS = 1 << 20
+_MOST_WORKERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +129,10 @@ def _check(settings: Settings, skip_bad_records: int, workers: int) -> None:
     for name, value in (("shard_tokens", settings.shard_tokens), ("max_bytes", settings.max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; legal: an integer of 1 or more")
-    for name, value in (("skip_bad_records", skip_bad_records), ("workers", workers)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; legal: an integer of 0 or more")
+    if skip_bad_records < 0:
+        raise ValueError(f"skip_bad_records is {skip_bad_records}; legal: an integer of 0 or more")
+    if not 0 <= workers <= _MOST_WORKERS:
+        raise ValueError(f"workers is {workers}; legal: 0 to {_MOST_WORKERS}")
     if settings.record_format not in RECORD_FORMATS:
         raise ValueError(f"record_format is {settings.record_format!r}; legal: {', '.join(RECORD_FORMATS)}")
 

@@ -5,18 +5,20 @@ input. So every shard can be made by itself, by any worker, from the stage files
 corpus nor a list of its documents is ever in memory.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mosaics_jax.data.corpus import Shard, cannot_write, checksums, length_counts, write_whole
+from mosaics_jax.data.corpus import Shard, cannot_write, checksums, length_counts, shard_from, write_whole
 from mosaics_jax.data.permutation import permutation_key, permute
 from mosaics_jax.data.stage import Stage
 
@@ -52,9 +54,9 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
     """
     name = f"{layout.split}-{number:05d}"
     description = folder / f"{name}.json"
-    if description.exists() and (made := json.loads(description.read_bytes())).pop("layout") == layout.identity:
-        progress(made["tokens"])
-        return made
+    if (found := _found(description, layout)) is not None:
+        progress(found["tokens"])
+        return found
     draft = folder / f"{name}.{os.getpid()}.partial"
     try:
         with draft.open("w+b") as stream:
@@ -75,6 +77,18 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
     return made
 
 
+def _found(description: pathlib.Path, layout: Layout) -> dict | None:
+    """What `write_shard` returned for this shard before; None where it did not, or not for this layout."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        made = json.loads(description.read_bytes())
+        lengths = {str(int(power)): operator.index(count) for power, count in made.pop("lengths").items()}
+        same = made.pop("layout") == layout.identity
+        shard = shard_from(made, layout.split)
+        if same and shard.file == f"{description.stem}.tokens":
+            return vars(shard) | {"lengths": lengths}
+    return None
+
+
 def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[int], None]) -> np.ndarray:
     """Writes the shard's documents to the file `out`; returns their lengths in tokens, in order."""
     begins = layout.begins
@@ -90,9 +104,12 @@ def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[i
     places = np.empty((len(order), 2), np.uint64)
     for index, mine in runs:
         places[mine] = layout.stages[index].documents_of(layout.split)[order[mine] - begins[index]]
+    size = layout.dtype.itemsize
+    if int(places.max(initial=0)) * size > max(os.path.getsize(stage.path) for stage in layout.stages):
+        folder = os.path.dirname(layout.stages[0].path)
+        raise ValueError(f"a stage file in {folder!r} names places past its end; remove that folder and prepare again")
     lengths = places[:, 1].astype(np.int64)
     targets = np.cumsum(lengths) - lengths
-    size = layout.dtype.itemsize
     for index, mine in runs:
         with open(layout.stages[index].path, "rb") as stream:
             for j in mine:

@@ -200,8 +200,8 @@ class ConcatRows:
 
 
 def check_context(context: int) -> None:
-    if context < 1:
-        raise ValueError(f"context is {context}; legal: an integer of 1 or more")
+    if not 1 <= context < 2**31:
+        raise ValueError(f"context is {context}; legal: an integer of 1 or more, below 2**31")
 
 
 def row_of_window(window: np.ndarray, begin: int) -> np.ndarray:

@@ -12,6 +12,7 @@ file is found again.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -61,16 +62,26 @@ class Stage:
         with path.open("rb") as stream:
             stream.seek(-8, os.SEEK_END)
             size = int.from_bytes(stream.read(8), "little")
-            stream.seek(-8 - size, os.SEEK_END)
+            end = stream.seek(-8 - size, os.SEEK_END)
             body = json.loads(stream.read(size))
         if body.pop("magic") != _MAGIC:
             raise ValueError(f"{str(path)!r} was made by another version; remove its folder")
-        return cls(path=str(path), **body)
+        made = cls(path=str(path), **body)
+        tables = [(made.offsets[name], 16 * made.documents[name]) for name in SPLITS]
+        tables += [(offset, 10 * count) for offset, count in (made.bigrams[name] for name in SPLITS)]
+        numbers = [*made.bytes.values(), *made.tokens.values(), made.empty, made.not_utf8, *itertools.chain(*tables)]
+        if any(type(number) is not int or number < 0 for number in numbers) or max(map(sum, tables)) > end:
+            raise ValueError(f"{str(path)!r} has a footer that is damaged; remove its folder")
+        if sorted(made.bytes) != sorted(SPLITS) or sorted(made.tokens) != sorted(SPLITS):
+            raise ValueError(f"{str(path)!r} has a footer of other splits; remove its folder")
+        if any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) for pair in made.broken):
+            raise ValueError(f"{str(path)!r} has a footer whose list of broken records is damaged; remove its folder")
+        return made
 
     @classmethod
     def find(cls, path: pathlib.Path) -> "Stage | None":
         """The stage at `path`, or None where it is absent or broken, and must be made."""
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
             return cls.open(path)
         return None
 

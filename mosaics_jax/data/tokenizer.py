@@ -7,7 +7,10 @@ that mark a document's ends are placed by `prepare`, never by `encode`.
 import functools
 import hashlib
 import json
+import os
 import pathlib
+import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -28,6 +31,7 @@ _DESCRIPTOR = "tokenizer_config.json"
 _FORMAT = 1
 _LLAMA3_SPECIALS = 256
 _BPE_SPECIALS = 2
+_MOST_BPE = 1 << 20  # training one takes memory for so many
 
 
 class Tokenizer(Protocol):
@@ -69,7 +73,7 @@ class ByteTokenizer:
     fingerprint = hashlib.sha256(b"utf-8 bytes, begin 256, end 257").hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return np.frombuffer(_checked_text(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = _checked_ids(ids, self.vocabulary)
@@ -101,6 +105,7 @@ class RankTokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
+        _checked_text(text)
         encode = functools.partial(self._encoding.encode_to_numpy, allowed_special=set(), disallowed_special=())
         return np.concatenate([np.zeros(0, np.uint32), *map(encode, pieces(text))]).astype(np.int32)
 
@@ -142,7 +147,11 @@ class HuggingFaceTokenizer:
         self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        _checked_text(text)
+        try:
+            return np.asarray(self._inner.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"the tokenizer.json cannot encode {reprlib.repr(text)}: {error}") from error
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._inner.decode(_checked_ids(ids, self.vocabulary).tolist(), skip_special_tokens=True)
@@ -162,22 +171,24 @@ def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
         return ByteTokenizer()
     if spec.startswith("bpe:"):
         size = spec.removeprefix("bpe:")
-        if not size.isdecimal() or int(size) < 256 + _BPE_SPECIALS:
-            raise ValueError(f"tokenizer is {spec!r}; in bpe:N, N is an integer of {256 + _BPE_SPECIALS} or more")
+        if not re.fullmatch("[0-9]{1,9}", size) or not 256 + _BPE_SPECIALS <= int(size) <= _MOST_BPE:
+            raise ValueError(
+                f"tokenizer is {spec!r}; in bpe:N, N is an integer from {256 + _BPE_SPECIALS} to {_MOST_BPE}"
+            )
         ranks = train_ranks(int(size) - _BPE_SPECIALS, texts)
         if (found := len(ranks) + _BPE_SPECIALS) < int(size):
             raise ValueError(f"tokenizer is {spec!r}, but these texts hold only {found} ids; use bpe:{found} or fewer")
         return RankTokenizer(ranks, "bpe")
     path = pathlib.Path(spec)
-    if spec and path.is_dir():
+    if spec and os.path.isdir(path):
         return load_tokenizer(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for what can be no path
         raise ValueError(f"tokenizer is {spec!r}, which is no file; legal: {LEGAL_SPECS}")
     try:
         if path.suffix == ".json":
             return HuggingFaceTokenizer(path.read_bytes().decode())
         return RankTokenizer(ranks_from_bytes(path.read_bytes()), "llama3")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer file {spec!r}: {error}") from error
 
 
@@ -186,9 +197,11 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     path = pathlib.Path(directory) / _DESCRIPTOR
     try:
         described = json.loads(path.read_bytes())
-        kind = described["kind"]
-        if described["format"] != _FORMAT:
-            raise ValueError(f"format {described['format']}, this version reads {_FORMAT}")
+        if not isinstance(described, dict):
+            raise ValueError(f"a {type(described).__name__}; legal: an object")
+        kind = described.get("kind")
+        if described.get("format") != _FORMAT:
+            raise ValueError(f"format {described.get('format')!r}, this version reads {_FORMAT}")
         made: Tokenizer
         if kind == "bytes":
             made = ByteTokenizer()
@@ -200,11 +213,25 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
             raise ValueError(f"unknown kind {kind!r}")
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename!r} is missing; a tokenizer's folder is written by Tokenizer.save") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} does not describe a tokenizer: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} does not describe a tokenizer: {reason}") from error
     if made.fingerprint != described.get("fingerprint"):
         raise ValueError(f"the tokenizer in {str(path.parent)!r} is not the one that was saved there; prepare again")
     return made
+
+
+def _checked_text(text: str) -> bytes:
+    """The UTF-8 of `text`. ValueError for what is no text: another type, or half of a surrogate pair."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text is {reprlib.repr(text)}; legal: a str")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text {reprlib.repr(text)} has half of a surrogate pair, {text[error.start]!r}, at character "
+            f"{error.start}; legal: what UTF-8 can write"
+        ) from error
 
 
 def _checked_ids(ids: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray:

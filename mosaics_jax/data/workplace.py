@@ -37,13 +37,14 @@ class Settings:
 @contextlib.contextmanager
 def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path]:
     """The directory beside `target` where it is made; held by this run alone, and kept only if some work is done."""
-    partial = target.with_name(f"{target.name}.partial")
+    partial = target.parent / f"{target.name}.partial"
     _check_free(target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"output {str(target)!r} cannot be made ({error.strerror}); name another directory") from error
+    except (OSError, ValueError) as error:  # a ValueError for what can be no path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"output {str(target)!r} cannot be made ({reason}); name another directory") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,9 +69,9 @@ def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path
 
 
 def _check_free(target: pathlib.Path) -> None:
-    if (target / MANIFEST).exists():
+    if os.path.exists(target / MANIFEST):  # False also for what can be no path
         raise ValueError(f"output {str(target)!r} already holds a prepared corpus; remove it or name another directory")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"output {str(target)!r} exists and is not an empty directory; name another directory")
 
 
@@ -78,7 +79,14 @@ def _check_settings(partial: pathlib.Path, target: pathlib.Path, settings: Setti
     path = partial / "settings.json"
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
     if path.exists():
-        before = json.loads(path.read_bytes())
+        try:
+            before = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{str(partial)!r} holds an unfinished run, and its {path.name} cannot be read; remove it to begin anew"
+            )
         changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
         if changed:
             raise ValueError(

@@ -103,7 +103,7 @@ def test_rows_without_a_plan_and_bad_plans(manifest):
     pieces.write_bytes(table.tobytes())
     assert "train-00000' (rows from 0) does not cover its shard" in rows.problem()
     pieces.write_bytes(whole[:16])
-    with pytest.raises(ValueError, match=r"train-00000.pieces' ends at byte 16; plan the rows again"):
+    with pytest.raises(ValueError, match=r"train-00000.pieces' ends at byte 16, 32 expected; plan the rows again"):
         [rows[index] for index in range(len(rows))]
     body = json.loads((folder / "plan.json").read_text())
     (folder / "plan.json").write_text(json.dumps(body | {"corpus": "other"}))

@@ -165,7 +165,7 @@ def test_unknown_spec_names_the_legal_forms(spec):
 
 @pytest.mark.parametrize("spec", ["bpe:", "bpe:x", "bpe:257", "bpe:-3", "bpe:1.5"])
 def test_bad_bpe_size(spec):
-    with pytest.raises(ValueError, match=rf"tokenizer is {spec!r}; in bpe:N, N is an integer of 258 or more"):
+    with pytest.raises(ValueError, match=rf"tokenizer is {spec!r}; in bpe:N, N is an integer from 258 to 1048576"):
         make_tokenizer(spec, TEXTS)
 
 
