@@ -271,5 +271,5 @@ def test_when_one_dies_the_others_end_and_say_which(corpus, tmp_path):
     assert 0 not in codes
     for process in (0, 2):
         # By whichever notices first: the collective that broke, or the missed heartbeat.
-        named = ("process 1 did not answer", "ask 1 heartbeat timeout")
+        named = ("process 1 did not answer", "ask 1 heartbeat timeout", "stopped sending heartbeats):\n1\n")
         assert any(text in _log(workdir, process) for text in named), _log(workdir, process)[-2000:]

@@ -3,6 +3,7 @@
 The faults that no signal from outside can make; what is patched is named here, and the product knows nothing of it.
 """
 
+import itertools
 import os
 import pathlib
 import runpy
@@ -146,16 +147,11 @@ def disk_full(step: int) -> None:
 
 
 def clock(step: int) -> None:
-    """The wall clock goes back a day after a second of training, and forward two a second later."""
-    real, real_ns, began = time.time, time.time_ns, time.monotonic()
+    """The wall clock is right, a day late, a day early, and so on, each time that it is looked at."""
+    real, real_ns, looks = time.time, time.time_ns, itertools.count()
     del step
-
-    def shift() -> float:
-        passed = time.monotonic() - began
-        return 0.0 if passed < 5 else -86400.0 if passed < 7 else 86400.0
-
-    time.time = lambda: real() + shift()
-    time.time_ns = lambda: real_ns() + int(shift() * 1e9)
+    time.time = lambda: real() + (0, -86400, 86400)[next(looks) % 3]
+    time.time_ns = lambda: real_ns() + (0, -86400, 86400)[next(looks) % 3] * 10**9
 
 
 def none(step: int) -> None:
