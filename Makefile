@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # The compiler for an H100 lies apart: within reach of every command, jax would look for the GPU that is not there.
 H100 := .venv/h100
 
-.PHONY: setup train test test-slow lint bench gpu clean
+.PHONY: setup train test test-slow faults lint bench gpu clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ test-slow: $(STAMP) $(H100)
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -m "slow and not gpu and not h100"
 	JAX_PLATFORMS=cpu PYTHONPATH=$(H100) $(BIN)/python -m pytest -m h100
+
+# Runs that are killed, stopped, starved and spoilt, beside one that nobody disturbed; about an hour on two cores.
+faults: $(STAMP)
+	PYTHONPATH=.:tests $(BIN)/python tests/faults/suite.py --kills=200 --output=docs/results/faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python -m mypy
