@@ -65,6 +65,7 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._saving: _Saving | None = None
+        self._has_failed = False
         self._verifier = ThreadPoolExecutor(1, "verify")
         self._verifying: list[Future[dict[str, Any]]] = []
 
@@ -121,6 +122,9 @@ class Checkpoints:
     def close(self) -> None:
         try:
             self._manager.close()
+        except Exception:
+            if not self._has_failed:  # else it is told again what was told
+                raise
         finally:
             self._verifier.shutdown()
 
@@ -213,6 +217,7 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
 
     def _failed(self, step: int, error: Exception) -> SaveFailed:
+        self._has_failed = True
         older = [one for one in self.steps() if one != step]
         return SaveFailed(
             f"checkpoint {step} could not be saved in {self._directory} ({_first_line(error)}); the same command goes "

@@ -3,7 +3,6 @@
 The faults that no signal from outside can make; what is patched is named here, and the product knows nothing of it.
 """
 
-import itertools
 import os
 import pathlib
 import runpy
@@ -147,11 +146,21 @@ def disk_full(step: int) -> None:
 
 
 def clock(step: int) -> None:
-    """The wall clock is right, a day late, a day early, and so on, each time that it is looked at."""
-    real, real_ns, looks = time.time, time.time_ns, itertools.count()
-    del step
-    time.time = lambda: real() + (0, -86400, 86400)[next(looks) % 3]
-    time.time_ns = lambda: real_ns() + (0, -86400, 86400)[next(looks) % 3] * 10**9
+    """The wall clock goes back a day at a step, and forward two, four steps later."""
+    real, real_ns, shift = time.time, time.time_ns, 0
+
+    def to(seconds: int):
+        def jump(batch):
+            nonlocal shift
+            shift = seconds
+            return batch
+
+        return jump
+
+    _spoil(to(-86400), step)
+    _spoil(to(86400), step + 4)
+    time.time = lambda: real() + shift
+    time.time_ns = lambda: real_ns() + shift * 10**9
 
 
 def none(step: int) -> None:

@@ -284,9 +284,14 @@ def data_gone(suite: Suite) -> Outcome:
 
 @_fault
 def clock(suite: Suite) -> Outcome:
+    """Orbax measures its patience by the wall clock: a save that is under way may fail, and the run with it."""
     workdir = suite.folder / "clock"
-    job = Job(suite.config(), workdir, fault="clock")
-    assert set(job.end()) == {0}, job.log()[-3000:]
+    first = Job(suite.config(), workdir, fault=f"clock:{EVERY + 3}")
+    codes = set(first.end())
+    assert codes == {0} or "could not be saved" in first.log() + first.log(1), first.log()[-3000:]
+    if codes != {0}:
+        again = Job(suite.config(), workdir)
+        assert set(again.end()) == {0}, again.log()[-3000:]
     times = [record["time"] for record in records(workdir, "train")]
     found = goodput.measure(workdir)
     sane = max(times) - min(times) > 80000 and found.total < 200
