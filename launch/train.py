@@ -57,7 +57,7 @@ def main() -> None:
         finished = train(config, _WORKDIR.value, _ACCEPT_NEW_DATA.value) is not None
     except TrainingStopped as error:
         _leave(STOPPED, f"stopped: {error}")
-    except (SaveFailed, Missing) as error:
+    except (SaveFailed, Missing, OSError) as error:
         _leave(FAILED, f"failed: {error}")
     except Exception as error:
         if alone():

@@ -106,8 +106,13 @@ class Checkpoints:
 
     def poll(self) -> list[dict[str, Any]]:
         """What has become of saves since the last call, as records for the metrics. Raises SaveFailed."""
-        if self._saving and not self._manager.is_saving_in_progress():
-            self._commit()
+        if self._saving:
+            try:
+                self._manager.check_for_errors()
+            except Exception as error:
+                raise self._failed(self._saving.step, error) from error
+            if not self._manager.is_saving_in_progress():
+                self._commit()
         done = [found for found in self._verifying if found.done()]
         self._verifying = [found for found in self._verifying if not found.done()]
         return [found.result() for found in done]

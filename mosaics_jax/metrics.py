@@ -110,8 +110,11 @@ class MetricWriter:
         if not self._active:
             return
         line = {"kind": kind, "time": round(time.time(), 3), "up": round(uptime(), 3), **_finite(record)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"metrics cannot be written: {error.strerror}", self._file.name) from error
         for name, value in record.items():
             if "step" in record and name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, record["step"])

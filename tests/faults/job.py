@@ -36,6 +36,7 @@ class Job:
         """`fault` is done inside the processes, as rank.py says."""
         self.workdir, self.began = workdir, time.monotonic()
         self._ranks: list[subprocess.Popen] = []
+        self._pipes: list[subprocess.Popen] = []
         port = free_port()
         for rank in range(ranks):
             command = [
@@ -47,10 +48,16 @@ class Job:
             environment = helpers.OPTIMISED | {
                 "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             }  # fmt: skip
+            # Through a pipe: a limit on the size of files is not to reach the log.
             with open(self._log(rank), "ab") as log:
-                self._ranks.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+                pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, start_new_session=True)
+            self._ranks.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=pipe.stdin, stderr=pipe.stdin, start_new_session=True
                 )
+            )
+            pipe.stdin.close()
+            self._pipes.append(pipe)
 
     def _log(self, rank: int) -> pathlib.Path:
         return self.workdir.with_name(f"{self.workdir.name}.{rank}.log")
@@ -104,6 +111,8 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)  # what is left of it, workers too
             rank.wait()
+        for pipe in self._pipes:
+            pipe.wait()
         return [rank.returncode for rank in self._ranks]
 
     def failed_after(self, since: float, struck: Sequence[int], seconds: float = 120) -> float:

@@ -130,7 +130,7 @@ def _on_rename(step: int, before: bool) -> None:
 
 
 def disk_full(step: int) -> None:
-    """From one save on, no file can grow beyond 24 KiB."""
+    """From one save on, no file can grow beyond 40 KiB."""
     import resource
 
     from mosaics_jax.checkpoint import Checkpoints
@@ -139,7 +139,7 @@ def disk_full(step: int) -> None:
 
     def save(self, state, at, record):
         if at >= step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (24 << 10, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40 << 10, resource.RLIM_INFINITY))
         return real(self, state, at, record)
 
     Checkpoints.save = save

@@ -185,8 +185,8 @@ def killed_in_restore(suite: Suite) -> Outcome:
 
 @_fault
 def disk_full(suite: Suite) -> Outcome:
-    outcome, first, _ = suite.broken("disk full during a save", fault=f"disk_full:{2 * EVERY}")
-    assert "could not be saved" in first.log() + first.log(1), first.log()[-3000:]
+    outcome, first, _ = suite.broken("disk full during a save", fault=f"disk_full:{2 * EVERY}", ranks=1)
+    assert f"failed: checkpoint {2 * EVERY} could not be saved" in first.log(), first.log()[-3000:]
     return outcome
 
 
