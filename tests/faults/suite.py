@@ -313,40 +313,49 @@ def other_mesh(suite: Suite) -> Outcome:
 
 
 def random_kills(suite: Suite, kills: int, seed: int = 0) -> tuple[list[str], Outcome, goodput.Goodput]:
-    """One run, killed again and again at moments that are drawn; where each kill fell, and what is left."""
-    steps = 12 * kills
-    config = suite.config(**{"run.steps": steps, "run.eval_every": steps})
+    """Runs of 240 steps, killed again and again at moments that are drawn, until there were so many kills.
+
+    Returns where each kill fell, whether every run ended as the calm one, and the time of the run of the most lives.
+    """
+    config = suite.config(**{"run.steps": 240, "run.eval_every": 240})
     calm = suite.calm(config)
-    workdir, draw = suite.folder / "killed", random.Random(seed)
-    fell = []
+    draw, fell, runs = random.Random(seed), [], []
     while len(fell) < kills:
-        before = {kind: len(records(workdir, kind)) for kind in ("start", "resume", "compile", "train")}
-        job = Job(config, workdir)
-        # From the launch, the opened workdir, the restored state, or the first step on: so all of a life is struck.
-        after = draw.choice(["launch", "start", "resume", "train", "train", "train"])
-
-        def there(after: str = after, before: dict[str, int] = before) -> bool:
-            return after == "launch" or len(records(workdir, after)) > before.get(after, 0)
-
-        alive = job.wait_for(there, 120)
-        time.sleep(draw.uniform(0, 1.5))
-        alive = alive and job.running()
-        one = draw.random() < 0.2
-        job.signal(signal.SIGKILL, [draw.randrange(2)] if one else None)
-        if alive:
-            fell.append(_phase(workdir, before) + (", one rank" if one else ""))
-        job.end()
-        if not alive and set(records_of_end(workdir)) == {"finished"}:
-            break
-    job = Job(config, workdir)
-    assert set(job.end()) == {0}, job.log()[-3000:]
-    found = goodput.measure(workdir)
-    same = identical(arrays(workdir), calm)
-    return fell, Outcome(f"{len(fell)} kills at random moments", 0.0, None, found.lost_steps, "identical", same), found
+        workdir = suite.folder / f"killed-{len(runs)}"
+        runs.append(workdir)
+        while not _finished(workdir):
+            job = Job(config, workdir)
+            if len(fell) < kills and (phase := _kill(job, draw)):
+                fell.append(phase)
+            else:
+                assert set(job.end()) == {0}, job.log()[-3000:]
+    found = [goodput.measure(workdir) for workdir in runs]
+    same = all(identical(arrays(workdir), calm) for workdir in runs)
+    lost = sum(one.lost_steps for one in found)
+    name = f"{len(fell)} kills at random moments, of {len(runs)} runs"
+    most = max(found, key=lambda one: len(one.lives))
+    return fell, Outcome(name, None, None, lost, "identical", same), most
 
 
-def records_of_end(workdir: pathlib.Path) -> list[str]:
-    return [record["why"] for record in records(workdir, "end")[-1:]]
+def _kill(job: Job, draw: random.Random) -> str:
+    """Kills a life at a drawn moment; where that fell, or "" where it ended by itself before."""
+    kinds = ("start", "resume", "compile", "train")
+    before = {kind: len(records(job.workdir, kind)) for kind in kinds}
+    # From the launch, the opened workdir, the restored state, or the first step on: so all of a life is struck.
+    after = draw.choice(["launch", "start", "compile", "train", "train", "train"])
+    job.wait_for(lambda: after == "launch" or len(records(job.workdir, after)) > before[after], 120)
+    time.sleep(draw.uniform(0, 1.5))
+    if not job.running():
+        return ""
+    one = draw.random() < 0.2
+    job.signal(signal.SIGKILL, [draw.randrange(2)] if one else None)
+    phase = _phase(job.workdir, before)
+    job.end()
+    return phase + (", one rank" if one else "")
+
+
+def _finished(workdir: pathlib.Path) -> bool:
+    return [record["why"] for record in records(workdir, "end")[-1:]] == ["finished"]
 
 
 def _phase(workdir: pathlib.Path, before: dict[str, int]) -> str:
