@@ -219,7 +219,7 @@ def _wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen) 
     for _ in range(1200):
         if process.poll() is not None:
             raise AssertionError(f"ended early: {workdir.with_suffix('.log').read_text()}")
-        if (workdir / "metrics.jsonl").exists() and any(r["step"] >= step for r in _complete_records(workdir)):
+        if (workdir / "metrics.jsonl").exists() and any(r.get("step", 0) >= step for r in _complete_records(workdir)):
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step} within a minute")
