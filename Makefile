@@ -43,7 +43,7 @@ test-slow: $(STAMP) $(H100)
 
 # Runs that are killed, stopped, starved and spoilt, beside one that nobody disturbed; about an hour on two cores.
 faults: $(STAMP)
-	PYTHONPATH=.:tests $(BIN)/python tests/faults/suite.py --kills=200 --output=docs/results/faults
+	PYTHONPATH=.:tests $(BIN)/python tests/faults/run.py --kills=200 --output=docs/results
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python -m mypy

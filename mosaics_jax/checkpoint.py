@@ -28,6 +28,7 @@ from mosaics_jax.step import TrainState
 COUNTERS = ("step", "skipped", "skipped_in_row", "recent")
 _ARRAYS = ("params", "optimizer", "counters")
 _VERIFIED = "verified.json"
+_DRAFT = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint that is not committed
 _PIECE = 1 << 24  # bytes of a file that are looked at, at a time
 
 
@@ -43,6 +44,7 @@ class _Saving:
     fingerprints: Any  # on the devices until the save is verified
     began: float
     blocking: float
+    committed: Future[float]  # when; raises what Orbax does
 
 
 class Checkpoints:
@@ -55,17 +57,16 @@ class Checkpoints:
         self._workdir, self._config = workdir.absolute(), config
         self._directory = self._workdir / "checkpoints"
         if config and jax.process_index() == 0:
-            for left in self._directory.glob("*.removing"):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for left in [*self._directory.glob("*.removing"), *self._directory.glob(f"*{_DRAFT}*")]:
                 shutil.rmtree(left, ignore_errors=True)
-        options = ocp.CheckpointManagerOptions(
-            read_only=config is None,
-            create=config is not None,
-            cleanup_tmp_directories=config is not None,
-            step_prefix=None,
+        # Not Orbax's manager: where one process alone fails, it has that one too wait for the others, for its patience.
+        handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(**handlers, record=ocp.JsonCheckpointHandler())
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._saving: _Saving | None = None
-        self._has_failed = False
+        self._committer = ThreadPoolExecutor(1, "commit")
         self._verifier = ThreadPoolExecutor(1, "verify")
         self._verifying: list[Future[dict[str, Any]]] = []
 
@@ -93,8 +94,8 @@ class Checkpoints:
         items = arrays(state)
         fingerprints = _fingerprints(items)
         try:
-            self._manager.save(
-                step,
+            self._orbax.save(
+                self._directory / str(step),
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                     record=ocp.args.JsonSave(record.to_dict()),
@@ -102,17 +103,13 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(step, error) from error
-        self._saving = _Saving(step, fingerprints, began, time.perf_counter() - began)
+        blocking = time.perf_counter() - began
+        self._saving = _Saving(step, fingerprints, began, blocking, self._committer.submit(self._wait_for_orbax))
 
     def poll(self) -> list[dict[str, Any]]:
         """What has become of saves since the last call, as records for the metrics. Raises SaveFailed."""
-        if self._saving:
-            try:
-                self._manager.check_for_errors()
-            except Exception as error:
-                raise self._failed(self._saving.step, error) from error
-            if not self._manager.is_saving_in_progress():
-                self._commit()
+        if self._saving and self._saving.committed.done():
+            self._commit()
         done = [found for found in self._verifying if found.done()]
         self._verifying = [found for found in self._verifying if not found.done()]
         return [found.result() for found in done]
@@ -125,11 +122,9 @@ class Checkpoints:
         return found
 
     def close(self) -> None:
+        self._committer.shutdown()
         try:
-            self._manager.close()
-        except Exception:
-            if not self._has_failed:  # else it is told again what was told
-                raise
+            self._orbax.close()
         finally:
             self._verifier.shutdown()
 
@@ -147,7 +142,6 @@ class Checkpoints:
                 target = target.with_name(target.name + "-again")
             (self._directory / str(step)).rename(target)
         processes.barrier(f"checkpoint {step} set aside")
-        self._manager.reload()
         return target
 
     def record(self, step: int) -> RunRecord:
@@ -177,12 +171,16 @@ class Checkpoints:
             return
         saving, self._saving = self._saving, None
         try:
-            self._manager.wait_until_finished()
+            seconds = saving.committed.result() - saving.began
         except Exception as error:
             raise self._failed(saving.step, error) from error
-        seconds = time.perf_counter() - saving.began
         if jax.process_index() == 0:
             self._verifying.append(self._verifier.submit(self._verify, saving, seconds))
+
+    def _wait_for_orbax(self) -> float:
+        """When the save that is under way is committed. A process whose own part fails raises at once."""
+        self._orbax.wait_until_finished()
+        return time.perf_counter()
 
     def _verify(self, saving: _Saving, seconds: float) -> dict[str, Any]:
         """Reads a committed checkpoint back; keeps it as good, or sets it aside. Runs beside the training."""
@@ -222,7 +220,6 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
 
     def _failed(self, step: int, error: Exception) -> SaveFailed:
-        self._has_failed = True
         older = [one for one in self.steps() if one != step]
         return SaveFailed(
             f"checkpoint {step} could not be saved in {self._directory} ({_first_line(error)}); the same command goes "
@@ -237,7 +234,7 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._orbax.restore(self._directory / str(step), args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
             raise self._unreadable(step, _first_line(error)) from error
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mosaics_jax import compilation, metrics, sharding
+from mosaics_jax import checkpoint, compilation, metrics, sharding
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config
 from mosaics_jax.data.corpora import Corpora
@@ -100,6 +100,7 @@ class Loop:
         batch = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(whole, dtype, sharding=self._batch_sharding), types)
         compiled = step.lower(state, batch).compile()
         found = compilation.cache_events() - before
+        checkpoint.fingerprints_of(state)  # compiles them too, and not while training stands still for the first save
         cache = "hit" if found["hit"] else "miss" if found["miss"] else "off"
         seconds = time.perf_counter() - began
         self._writer.write("compile", {"step": first_step, "seconds": seconds, "cache": cache})
@@ -130,17 +131,18 @@ class Loop:
             if jax.process_count() > 1:
                 self._stop_signal = multihost_utils.reached_preemption_sync_point(done)
             evaluates = done % run.eval_every == 0 or done in run.eval_steps or done == run.steps
-            if evaluates or self._stop_signal:
-                self._report(done, pending)
+            keeps = done % saves.every == 0 or done in saves.steps or done == run.steps or self._stop_signal
+            keeps_here = self._local is not None and not keeps and done % saves.local_every == 0
+            if evaluates or keeps or keeps_here:
+                self._report(done, pending)  # and so waits for the step, whose time is not theirs
                 pending = None
             if evaluates:
                 evaluation = self._evaluate(state.params, done)
             self._note_saves(self._checkpoints.poll() + (self._local.poll() if self._local else []))
-            if done % saves.every == 0 or done in saves.steps or done == run.steps or self._stop_signal:
+            if keeps:
                 self._save(state, done)
-            elif self._local and done % saves.local_every == 0:
-                with self._not_training("save"):
-                    self._note_saves(self._local.save(state, done, self._record_at(done)))
+            if keeps_here:
+                self._save_here(state, done)
             if self._stop_signal:
                 self._finish_saves()
                 self._writer.say(f"SIGTERM: saved step {done}; the same command resumes")
@@ -262,6 +264,11 @@ class Loop:
         with self._not_training("save"):
             self._checkpoints.save(state, step, self._record_at(step))
         self._saved = step
+
+    def _save_here(self, state: TrainState, step: int) -> None:
+        assert self._local is not None
+        with self._not_training("save"):
+            self._note_saves(self._local.save(state, step, self._record_at(step)))
 
     def _finish_saves(self) -> None:
         with self._not_training("save"):

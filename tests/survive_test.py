@@ -174,16 +174,15 @@ def test_what_is_retired(steps: list[int], verified: dict[int, float], settings:
 def test_a_save_that_fails_ends_the_run_at_the_next_step(
     corpus: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import orbax.checkpoint as ocp
+    real = Checkpoints._wait_for_orbax
 
-    real = ocp.CheckpointManager.wait_until_finished
-
-    def full(self: Any) -> None:
-        real(self)
+    def full(self: Checkpoints) -> float:
+        when = real(self)
         if (tmp_path / "run" / "checkpoints" / "6").exists():
             raise OSError(28, "No space left on device")
+        return when
 
-    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+    monkeypatch.setattr(Checkpoints, "_wait_for_orbax", full)
     with pytest.raises(SaveFailed, match=r"checkpoint 6 could not be saved in .*No space left .*goes on from step 3"):
         train(helpers.tiny_config(corpus), tmp_path / "run")
     monkeypatch.undo()

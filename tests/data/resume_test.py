@@ -1,6 +1,5 @@
 """Any number of workers, and any number of kills, give the same bytes."""
 
-import functools
 import gzip
 import hashlib
 import json
@@ -204,11 +203,11 @@ def test_a_broken_stage_is_made_anew(folder, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path):
     (tmp_path / "long.jsonl").write_text((json.dumps({"text": "some words " * 500}) + "\n") * 20_000)
-    command = [sys.executable, "-m", "launch.prepare", f"--input={tmp_path}", f"--output={tmp_path / 'out'}"]
     # A shell that starts these tests in the background has them ignore Ctrl-C, and so their children.
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-m", "launch.prepare", f"--input={tmp_path}", f"--output={tmp_path / 'out'}"]
     running = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard
+        [sys.executable, "-c", heard, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while not list(tmp_path.glob("out.partial/stages/*.partial")):
         time.sleep(0.05)

@@ -129,8 +129,14 @@ def _on_rename(step: int, before: bool) -> None:
     os.rename, os.replace = patched(os.rename), patched(os.replace)
 
 
-def disk_full(step: int) -> None:
-    """From one save on, no file can grow beyond 40 KiB."""
+def disk_full_of_one(step: int) -> None:
+    """From one save on, no file of process 1 can grow beyond 4 KiB."""
+    if "--process=1" in sys.argv:
+        disk_full(step, 4 << 10)
+
+
+def disk_full(step: int, limit: int = 40 << 10) -> None:
+    """From one save on, no file can grow beyond a limit."""
     import resource
 
     from mosaics_jax.checkpoint import Checkpoints
@@ -139,7 +145,7 @@ def disk_full(step: int) -> None:
 
     def save(self, state, at, record):
         if at >= step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (40 << 10, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return real(self, state, at, record)
 
     Checkpoints.save = save
@@ -172,5 +178,5 @@ if __name__ == "__main__":
     sys.path.pop(1)  # this folder
     fault, _, at = sys.argv.pop(1).partition(":")
     {f.__name__: f for f in (nan, explode, left_out, kill_in_commit, kill_after_commit, kill_in_restore, disk_full,
-                             clock, none)}[fault](int(at or 0))  # fmt: skip
+                             disk_full_of_one, clock, none)}[fault](int(at or 0))  # fmt: skip
     runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
