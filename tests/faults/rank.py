@@ -173,9 +173,29 @@ def none(step: int) -> None:
     """No fault."""
 
 
+def _keep_programs() -> None:
+    """Every process finds its compiled programs again, as on GPUs, where jax's key for them is that of all processes.
+
+    On CPUs the key holds the process, and only process 0 may write.
+    """
+    from jax._src import compiler, distributed
+
+    real, state = compiler._cache_write, distributed.global_state
+
+    def write(*args, **kwargs):
+        mine, state.process_id = state.process_id, 0
+        try:
+            return real(*args, **kwargs)
+        finally:
+            state.process_id = mine
+
+    compiler._cache_write = write
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     sys.path.pop(1)  # this folder
+    _keep_programs()
     fault, _, at = sys.argv.pop(1).partition(":")
     {f.__name__: f for f in (nan, explode, left_out, kill_in_commit, kill_after_commit, kill_in_restore, disk_full,
                              disk_full_of_one, clock, none)}[fault](int(at or 0))  # fmt: skip

@@ -25,16 +25,15 @@ _TITLE = """# What a run survives
 
 Written by `make faults` on {cores} CPU cores with jax {jax}; every run is in processes of its own. *Detected*: seconds
 from the fault until another process ends. *Recovered*: seconds from the next start to the first new step, most of them
-Python's imports and compilation (on CPUs every rank but the first compiles in each life). *Identical*: all arrays of
-the last checkpoint are, to the bit, those of a run that nobody disturbed. *Best*: the goodput of the same kills and
-restarts where saves take no time."""
+Python's imports. *Identical*: all arrays of the last checkpoint are, to the bit, those of a run that nobody disturbed.
+*Best*: the goodput of the same kills and restarts where saves take no time."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="random kill points")
     parser.add_argument("--faults", default=",".join(FAULTS), help="which, by name")
-    parser.add_argument("--means", default="20,40,80", help="mean seconds between interruptions, a row of goodput each")
+    parser.add_argument("--means", default="30,60,120", help="mean seconds between kills, a row of goodput each")
     parser.add_argument("--nosaves", action="store_true", help="without the run of 100 million weights")
     parser.add_argument("--output", default="", help="folder for faults.md and faults.png")
     given = parser.parse_args()
