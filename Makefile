@@ -33,12 +33,15 @@ train: $(STAMP)
 	@echo "      $(BIN)/python -m launch.train --help   (every setting; prepare your own text with launch.prepare)"
 	@echo "      runs/tiny/metrics.jsonl and tensorboard --logdir=runs/tiny hold the curves"
 
+# A file's tests stay together: they share what they set up. More than four processes would want more memory than cores.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not h100 and not gpu"
+	$(PYTEST) -m "not slow and not h100 and not gpu"
 
 test-slow: $(STAMP) $(H100)
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -m "slow and not gpu and not h100"
+	$(PYTEST) -m "slow and not gpu and not h100"
 	JAX_PLATFORMS=cpu PYTHONPATH=$(H100) $(BIN)/python -m pytest -m h100
 
 # Runs that are killed, stopped, starved and spoilt, beside one that nobody disturbed; about an hour on two cores.
