@@ -30,7 +30,9 @@ class Keys(NamedTuple):
 class KeyExtractor(nnx.Module):
     """k_t = Norm(k̄_t),  k̄_t = g_t k̃_t + λ_t k̄_{t-1},  k̃ = W_φ x,  g = exp(W_g x),  λ = exp(-|W_λ x|).
 
-    g and λ are one scalar per head and position; k̄ restarts at 0 before a document's first token.
+    g and λ are one scalar per head and position; k̄ restarts at 0 before a document's first token. With `model.keys` =
+    leaky, Memory Mosaics v1's: λ = exp(-|θ|), one scalar per head, and g = 1, since Norm takes out any other constant.
+    Its θ is drawn as W_λ x is distributed at the start.
     """
 
     def __init__(self, config: ModelConfig, layer: jax.Array, seed: layers.Seed):
@@ -38,17 +40,17 @@ class KeyExtractor(nnx.Module):
         shape = (config.width, config.heads, config.head_width)
         self.config = config
         self.W_phi = layers.parameter(seed, "W_phi", shape, _PROJECTION, normal)
-        self.W_g = layers.parameter(seed, "W_g", shape[:2], (dims.WIDTH, dims.HEADS), normal)
-        self.W_lambda = layers.parameter(seed, "W_lambda", shape[:2], (dims.WIDTH, dims.HEADS), normal)
+        if config.keys == "leaky":
+            spread = layers.truncated_normal(1 / jnp.sqrt(2.0 * (layer + 1)))
+            self.theta_lambda = layers.parameter(seed, "theta_lambda", (config.heads,), (dims.HEADS,), spread)
+        else:
+            self.W_g = layers.parameter(seed, "W_g", shape[:2], (dims.WIDTH, dims.HEADS), normal)
+            self.W_lambda = layers.parameter(seed, "W_lambda", shape[:2], (dims.WIDTH, dims.HEADS), normal)
 
     def __call__(self, x_BTD: jax.Array, restart_BT: jax.Array, initial: LeakyState | None = None) -> Keys:
         dtype = x_BTD.dtype
         raw_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, layers.weight(self.W_phi[...], _PROJECTION, dtype))
-        # One matmul for both; they are exponentiated, so they leave it in float32.
-        stored_DXH = jnp.stack([self.W_g[...], self.W_lambda[...]], axis=1)
-        slopes_DXH = layers.weight(stored_DXH, (dims.WIDTH, dims.MEMORY, dims.HEADS), dtype)
-        slope_BTXH = jnp.einsum("BTD,DXH->BTXH", x_BTD, slopes_DXH, preferred_element_type=jnp.float32)
-        log_gate_BTH, log_decay_BTH = slope_BTXH[:, :, 0], -jnp.abs(slope_BTXH[:, :, 1])
+        log_gate_BTH, log_decay_BTH = self._gates(x_BTD)
         if initial is None:
             initial = _state_before(raw_BTHK, log_gate_BTH, log_decay_BTH, restart_BT)
         key_BTHK, state = leaky_average(
@@ -56,6 +58,18 @@ class KeyExtractor(nnx.Module):
             implementation=self.config.operation_path,
         )  # fmt: skip
         return Keys(key_BTHK, state, log_gate_BTH, log_decay_BTH)
+
+    def _gates(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """log g_BTH and log λ_BTH in float32."""
+        if self.config.keys == "leaky":
+            log_decay_H = -jnp.abs(self.theta_lambda[...])
+            log_decay_BTH = jnp.broadcast_to(log_decay_H, (*x_BTD.shape[:2], *log_decay_H.shape))
+            return jnp.zeros_like(log_decay_BTH), log_decay_BTH
+        # One matmul for both; they are exponentiated, so they leave it in float32.
+        stored_DXH = jnp.stack([self.W_g[...], self.W_lambda[...]], axis=1)
+        slopes_DXH = layers.weight(stored_DXH, (dims.WIDTH, dims.MEMORY, dims.HEADS), x_BTD.dtype)
+        slope_BTXH = jnp.einsum("BTD,DXH->BTXH", x_BTD, slopes_DXH, preferred_element_type=jnp.float32)
+        return slope_BTXH[:, :, 0], -jnp.abs(slope_BTXH[:, :, 1])
 
 
 class ValueExtractor(nnx.Module):

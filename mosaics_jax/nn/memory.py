@@ -1,5 +1,6 @@
 """The associative memory: keys and values of the past, read by the present key (PAPER section 2)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -65,18 +66,27 @@ class MemoryCache(NamedTuple):
 
 
 class Bandwidth(nnx.Module):
-    """β = β1 n^α + β0 with n the number of visible pairs; β0, β1 = exp(min(θ, 10)), α = min(|θ|, 1), one per head."""
+    """β = β1 n^α + β0 with n the number of visible pairs; β0, β1 = exp(min(θ, 10)), α = min(|θ|, 1), one per head.
+
+    With `model.bandwidth` = fixed, β = β0, which starts where the adaptive one does for a full window.
+    """
 
     def __init__(self, config: ModelConfig, seed: layers.Seed):
         def per_head(name: str, value: float) -> nnx.Param:
             return layers.parameter(seed, name, (config.heads,), (dims.HEADS,), layers.constant(value))
 
+        self.config = config
+        if config.bandwidth == "fixed":
+            self.theta_beta0 = per_head("theta_beta0", 1.5 + math.log(1 + (config.window - 1) ** (1 / 3)))
+            return
         self.theta_beta0 = per_head("theta_beta0", 1.5)
         self.theta_beta1 = per_head("theta_beta1", 1.5)
         self.theta_alpha = per_head("theta_alpha", 1 / 3)
 
     def __call__(self, count_BT: jax.Array) -> jax.Array:
         beta0_H = jnp.exp(jnp.minimum(self.theta_beta0[...], 10.0))
+        if self.config.bandwidth == "fixed":
+            return jnp.broadcast_to(beta0_H, (*count_BT.shape, *beta0_H.shape))
         beta1_H = jnp.exp(jnp.minimum(self.theta_beta1[...], 10.0))
         alpha_H = jnp.minimum(layers.absolute(self.theta_alpha[...]), 1.0)
         # A read of nothing returns 0 whatever its bandwidth; n = 1 there keeps log 0 out of the derivative.

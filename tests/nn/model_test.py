@@ -24,9 +24,11 @@ MOSAIC = ModelConfig(
     compute_dtype="float32", remat="none",
 )  # fmt: skip
 SHORT = dataclasses.replace(MOSAIC, memories=("short",))
+V1_KEYS = dataclasses.replace(MOSAIC, keys="leaky", bandwidth="fixed")
 TRANSFORMER = dataclasses.replace(MOSAIC, architecture="transformer", memories=("full",))
 CONFIGS = {
     "mosaic": MOSAIC,
+    "mosaic of leaky keys and fixed bandwidth": V1_KEYS,
     "transformer": TRANSFORMER,
     "long/short transformer": dataclasses.replace(TRANSFORMER, memories=("short", "long")),
 }
@@ -161,15 +163,18 @@ def _memory(config, kind, weights, x, m):
     output = [[np.zeros(config.head_width) for _ in range(config.heads)] for _ in x]
     for head in range(config.heads):
         beta0 = math.exp(min(bandwidth["theta_beta0"][head], 10))
-        beta1 = math.exp(min(bandwidth["theta_beta1"][head], 10))
-        alpha = min(abs(bandwidth["theta_alpha"][head]), 1)
+        if config.bandwidth == "adaptive":
+            beta1 = math.exp(min(bandwidth["theta_beta1"][head], 10))
+            alpha = min(abs(bandwidth["theta_alpha"][head]), 1)
         alpha_psi = math.exp(min(abs(value["theta_psi"][head]), 15))
         gamma = value["gamma"][head]
         k, v = [None] * (length + 1), [None] * (length + 1)
         k_bar = np.zeros(config.head_width)
         for t in range(1, length + 1):
-            g = math.exp(x[t] @ key["W_g"][:, head])
-            decay = math.exp(-abs(x[t] @ key["W_lambda"][:, head]))
+            g, decay = 7.0, math.exp(-abs(key["theta_lambda"][head])) if config.keys == "leaky" else None
+            if config.keys == "gated":
+                g = math.exp(x[t] @ key["W_g"][:, head])
+                decay = math.exp(-abs(x[t] @ key["W_lambda"][:, head]))
             k_bar = g * (x[t] @ key["W_phi"][:, head]) + decay * k_bar
             k[t] = _norm(k_bar)
             now = x[t] @ value["W_psi"][:, head]
@@ -182,7 +187,7 @@ def _memory(config, kind, weights, x, m):
                 pairs = [i for i in range(1, length + 1) if i <= t - m]
             if not pairs:
                 continue
-            beta = beta1 * len(pairs) ** alpha + beta0
+            beta = beta0 if config.bandwidth == "fixed" else beta1 * len(pairs) ** alpha + beta0
             # exp(-β ||k - k_i||²) with the factor 2 of the square absorbed in β.
             w = [math.exp(-beta / 2 * np.sum((k[t] - k[i]) ** 2)) for i in pairs]
             output[t][head] = sum(w_i * v[i] for w_i, i in zip(w, pairs, strict=True)) / sum(w)
@@ -225,14 +230,17 @@ def test_logits_are_the_papers(name):
         np.testing.assert_allclose(logits_BTV[0], expected_TV, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_are_the_papers():
+@pytest.mark.parametrize("config", [MOSAIC, V1_KEYS], ids=["paper", "leaky_fixed"])
+def test_gradients_are_the_papers(config):
     """Every parameter's, along one random direction, against differences of the float64 form."""
     tokens_BT, document_BT = _rows()
     weight_BTV = _weight(only_row=0)
-    _, gradients = _gradients(MOSAIC, _values(MOSAIC), weight_BTV)
-    wide = jax.tree.map(lambda array: np.asarray(array, np.float64), _values(MOSAIC))
+    _, gradients = _gradients(config, _values(config), weight_BTV)
+    wide = jax.tree.map(lambda array: np.asarray(array, np.float64), _values(config))
     rng = np.random.default_rng(3)
     for path, gradient in flatten_dict(gradients).items():
+        if config is V1_KEYS and path[-1] not in ("theta_lambda", "theta_beta0"):
+            continue  # the rest is the paper's
         # Along the gradient too, or a small slope would be compared with the rounding of large ones.
         direction = rng.normal(size=gradient.shape) + 3 * np.sqrt(gradient.size) * _norm(gradient.ravel()).reshape(
             gradient.shape
@@ -241,7 +249,7 @@ def test_gradients_are_the_papers():
         ends = []
         for sign in (1, -1):
             moved = _changed(wide, lambda p, a, path=path, step=sign * direction: a + step if p == path else a)
-            ends.append(np.sum(weight_BTV[0] * _paper_logits(MOSAIC, moved, tokens_BT[0], document_BT[0], 3)))
+            ends.append(np.sum(weight_BTV[0] * _paper_logits(config, moved, tokens_BT[0], document_BT[0], 3)))
         slope = np.sum(gradient * direction)
         assert slope != 0, path
         np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2, rtol=2e-3, err_msg=str(path))
