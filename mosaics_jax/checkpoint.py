@@ -7,29 +7,23 @@ over. `docs/checkpoint.md` describes what lies in one.
 """
 
 import dataclasses
-import json
 import logging
 import pathlib
 import shutil
 import time
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 
-from mosaics_jax import fingerprint, processes
+from mosaics_jax import fingerprint, integrity, processes
 from mosaics_jax.config import CheckpointConfig
 from mosaics_jax.record import RunRecord
 from mosaics_jax.step import TrainState
 
 COUNTERS = ("step", "skipped", "skipped_in_row", "recent")
-_ARRAYS = ("params", "optimizer", "counters")
-_VERIFIED = "verified.json"
 _DRAFT = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint that is not committed
-_PIECE = 1 << 24  # bytes of a file that are looked at, at a time
 
 
 class SaveFailed(RuntimeError):
@@ -61,7 +55,7 @@ class Checkpoints:
             for left in [*self._directory.glob("*.removing"), *self._directory.glob(f"*{_DRAFT}*")]:
                 shutil.rmtree(left, ignore_errors=True)
         # Not Orbax's manager: where one process alone fails, it has that one too wait for the others, for its patience.
-        handlers = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
+        handlers = {name: ocp.StandardCheckpointHandler() for name in integrity.ARRAYS}
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(**handlers, record=ocp.JsonCheckpointHandler())
         )
@@ -131,7 +125,8 @@ class Checkpoints:
     def problem(self, step: int) -> str:
         """Why a checkpoint cannot be trusted, or "": the same on all processes, which look at a part each."""
         part = slice(jax.process_index(), None, jax.process_count())
-        return processes.agree(_damage(self._directory / str(step), part), f"verification of checkpoint {step}")
+        found = integrity.damage(self._directory / str(step), part)
+        return processes.agree(found, f"verification of checkpoint {step}")
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a damaged checkpoint out of the way; all processes call it. Returns where it lies."""
@@ -149,7 +144,7 @@ class Checkpoints:
 
     def params(self, step: int, abstract_params: Any) -> Any:
         """The weights, checked. Raises ValueError where the checkpoint is damaged."""
-        if damage := _damage(self._directory / str(step), slice(None)):
+        if damage := integrity.damage(self._directory / str(step), slice(None)):
             raise self._unreadable(step, damage)
         return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
 
@@ -158,11 +153,9 @@ class Checkpoints:
         abstract = arrays(abstract_state)
         found = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
         state = state_of(found)
-        verified = self._directory / str(step) / _VERIFIED
-        if verified.exists():
-            expected = json.loads(verified.read_text(encoding="utf-8"))["fingerprints"]
-            if wrong := differing(expected, jax.device_get(_fingerprints(arrays(state)))):
-                raise self._unreadable(step, f"{wrong} was read, and is not what was saved")
+        expected = integrity.fingerprints(self._directory / str(step))
+        if expected and (wrong := integrity.differing(expected, jax.device_get(fingerprints_of(state)))):
+            raise self._unreadable(step, f"{wrong} was read, and is not what was saved")
         return state
 
     def _commit(self) -> None:
@@ -185,26 +178,11 @@ class Checkpoints:
     def _verify(self, saving: _Saving, seconds: float) -> dict[str, Any]:
         """Reads a committed checkpoint back; keeps it as good, or sets it aside. Runs beside the training."""
         began, directory = time.perf_counter(), self._directory / str(saving.step)
-        fingerprints = jax.tree.map(int, jax.device_get(saving.fingerprints))
-        try:
-            wrong = differing(fingerprints, {item: _read(directory / item, slice(None)) for item in _ARRAYS})
-            problem = f"{wrong} on the disk is not what was saved" if wrong else ""
-        except Exception as error:  # TensorStore raises many kinds for a damaged directory
-            problem = _first_line(error)
-        if not problem:
-            marks = {
-                "fingerprints": fingerprints,
-                "files": {name: _sum(directory / name) for name in _files(directory)},
-            }
-            draft = directory.with_name(f"{saving.step}.removing")  # a life that ends here leaves what the next removes
-            draft.mkdir()
-            (draft / _VERIFIED).write_text(json.dumps(marks, indent=1) + "\n", encoding="utf-8")
-            (draft / _VERIFIED).replace(directory / _VERIFIED)
-            draft.rmdir()
-            self._retire()
-        else:
+        if problem := integrity.prove(directory, jax.tree.map(int, jax.device_get(saving.fingerprints))):
             (self._workdir / "damaged").mkdir(exist_ok=True)
             directory.rename(self._workdir / "damaged" / f"{saving.step}-{time.time_ns()}")
+        else:
+            self._retire()
         return {
             "step": saving.step, "tier": "durable", "blocking": saving.blocking, "seconds": seconds,
             "verify_seconds": time.perf_counter() - began, "problem": problem,
@@ -212,7 +190,7 @@ class Checkpoints:
 
     def _retire(self) -> None:
         assert self._config is not None
-        marks = {step: self._directory / str(step) / _VERIFIED for step in self.steps()}
+        marks = {step: self._directory / str(step) / integrity.VERIFIED for step in self.steps()}
         times = {step: mark.stat().st_mtime for step, mark in marks.items() if mark.exists()}
         for step in retired(list(marks), times, self._config):
             gone = self._directory / f"{step}.removing"
@@ -222,8 +200,8 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> SaveFailed:
         older = [one for one in self.steps() if one != step]
         return SaveFailed(
-            f"checkpoint {step} could not be saved in {self._directory} ({_first_line(error)}); the same command goes "
-            f"on from step {older[-1] if older else 0}"
+            f"checkpoint {step} could not be saved in {self._directory} ({integrity.first_line(error)}); the same "
+            f"command goes on from step {older[-1] if older else 0}"
         )
 
     def _unreadable(self, step: int, reason: str) -> ValueError:
@@ -236,7 +214,7 @@ class Checkpoints:
         try:
             return self._orbax.restore(self._directory / str(step), args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
-            raise self._unreadable(step, _first_line(error)) from error
+            raise self._unreadable(step, integrity.first_line(error)) from error
 
 
 def arrays(state: TrainState) -> dict[str, Any]:
@@ -260,15 +238,6 @@ def fingerprints_of(state: TrainState) -> dict[str, dict[str, jax.Array]]:
     return _fingerprints(arrays(state))
 
 
-def differing(expected: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
-    """The first array that has another fingerprint, or is not there; "" where all agree."""
-    for item, names in expected.items():
-        for name in sorted(names.keys() | found[item].keys()):
-            if name not in found[item] or name not in names or int(names[name]) != int(found[item][name]):
-                return f"{item}.{name}"
-    return ""
-
-
 def retired(steps: list[int], verified: dict[int, float], config: CheckpointConfig) -> list[int]:
     """The steps that go: all older than the newest `keep` verified ones, but those that are kept for ever.
 
@@ -288,57 +257,3 @@ def retired(steps: list[int], verified: dict[int, float], config: CheckpointConf
             kept.add(step)
             last = verified[step]
     return [step for step in steps if step < newest[0] and step not in kept]
-
-
-def _damage(directory: pathlib.Path, part: slice) -> str:
-    """What is wrong with this part of a checkpoint's files, or "".
-
-    One that was verified has a checksum of every file. One whose run ended before that is read, array by array.
-    """
-    try:
-        if not (directory / _VERIFIED).exists():
-            for item in _ARRAYS:
-                _read(directory / item, part)
-            return ""
-        files = json.loads((directory / _VERIFIED).read_text(encoding="utf-8"))["files"]
-        for name in sorted(files)[part]:
-            if not (directory / name).is_file():
-                return f"{name} is missing"
-            if (found := _sum(directory / name)) != files[name]:
-                what = "size" if found[0] != files[name][0] else "content"
-                return f"{name} has another {what} than it was saved with"
-    except Exception as error:  # TensorStore raises many kinds for a damaged directory
-        return _first_line(error)
-    return ""
-
-
-def _read(item: pathlib.Path, part: slice) -> dict[str, int]:
-    """The fingerprints of an item's arrays, from what lies on the disk."""
-    store = {"driver": "ocdbt", "base": f"file://{item}/"}
-    keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
-    names = sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
-    if not names:
-        raise ValueError(f"{item.name} holds no arrays")
-    found = {}
-    for name in names[part]:
-        spec = {"driver": "zarr", "kvstore": store | {"path": name}}
-        found[name] = fingerprint.of_numpy(tensorstore.open(spec, read=True, open=True).result().read().result())
-    return found
-
-
-def _files(directory: pathlib.Path) -> list[str]:
-    paths = (path for path in directory.rglob("*") if path.is_file() and path.name != _VERIFIED)
-    return sorted(str(path.relative_to(directory)) for path in paths)
-
-
-def _sum(path: pathlib.Path) -> list[int]:
-    """[size, CRC-32] of a file."""
-    size = crc = 0
-    with open(path, "rb") as stream:
-        while piece := stream.read(_PIECE):
-            size, crc = size + len(piece), zlib.crc32(piece, crc)
-    return [size, crc]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -61,7 +61,7 @@ def _check_positive(section: Any, *fields: str) -> None:
 
 ARCHITECTURES = ("mosaic", "transformer")
 MEMORIES = {"mosaic": ("short", "long"), "transformer": ("full", "short", "long")}
-KEYS = ("gated", "leaky")
+KEY_EXTRACTORS = ("gated", "leaky")
 BANDWIDTHS = ("adaptive", "fixed")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "dots", "block")
@@ -83,7 +83,9 @@ class ModelConfig:
     memories: tuple[str, ...] = _field(
         ("short", "long"), "contextual memories of a block: mosaic short, long; transformer full, or short, long"
     )
-    keys: str = _field("gated", "mosaic: gated (a gate and a decay for every position) or leaky (v1: one decay a head)")
+    key_extractor: str = _field(
+        "gated", "mosaic: gated (a gate and a decay for every position) or leaky (v1: one decay a head)"
+    )
     bandwidth: str = _field("adaptive", "mosaic: adaptive (to the pairs that a read sees) or fixed (a number a head)")
     vocabulary: int = _field(128256, "token ids the embedding and the classifier know")
     layers: int = _field(24, "blocks")
@@ -108,13 +110,11 @@ class ModelConfig:
             and set(self.memories) <= set(legal),
             f"a tuple of one or more of {', '.join(legal)}, each once",
         )  # fmt: skip
-        _check(self, "keys", self.keys in KEYS, ", ".join(KEYS))
+        _check(self, "key_extractor", self.key_extractor in KEY_EXTRACTORS, ", ".join(KEY_EXTRACTORS))
         _check(self, "bandwidth", self.bandwidth in BANDWIDTHS, ", ".join(BANDWIDTHS))
         if self.architecture == "transformer":
-            for field, default in (("keys", KEYS[0]), ("bandwidth", BANDWIDTHS[0])):
-                _check(
-                    self, field, getattr(self, field) == default, f"{default}, where model.architecture is transformer"
-                )
+            for field, only in (("key_extractor", KEY_EXTRACTORS[0]), ("bandwidth", BANDWIDTHS[0])):
+                _check(self, field, getattr(self, field) == only, f"{only}, where model.architecture is transformer")
         _check_positive(self, "vocabulary", "layers", "width", "heads", "ffn_width", "delay_min")
         if self.width % self.heads:
             raise ValueError(f"model.heads is {self.heads}, which does not divide model.width = {self.width}")

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mosaics_jax import checkpoint, fingerprint, processes
+from mosaics_jax import checkpoint, fingerprint, integrity, processes
 from mosaics_jax.record import RunRecord
 from mosaics_jax.step import TrainState
 
@@ -126,7 +126,7 @@ class LocalCheckpoints:
         if problem := processes.agree(problem, f"local checkpoint {step}"):
             raise ValueError(f"local checkpoint {step} cannot be read ({problem})")
         state = checkpoint.state_of(placed)
-        wrong = checkpoint.differing(about["fingerprints"], jax.device_get(checkpoint.fingerprints_of(state)))
+        wrong = integrity.differing(about["fingerprints"], jax.device_get(checkpoint.fingerprints_of(state)))
         if wrong := processes.agree(wrong, f"fingerprints of local checkpoint {step}"):
             raise ValueError(f"local checkpoint {step} cannot be read ({wrong} is not what was saved)")
         return state

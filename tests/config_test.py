@@ -54,6 +54,12 @@ def test_round_trip_and_immutability() -> None:
         ({"model.compute_dtype": "float16"}, r"model.compute_dtype is 'float16'; legal: float32, bfloat16"),
         ({"model.remat": "all"}, r"model.remat is 'all'; legal: none, dots, block"),
         ({"model.implementation": "cuda"}, r"model.implementation is 'cuda'; legal: auto, hopper, reference, xla"),
+        ({"model.key_extractor": "v1"}, r"model.key_extractor is 'v1'; legal: gated, leaky"),
+        ({"model.bandwidth": "none"}, r"model.bandwidth is 'none'; legal: adaptive, fixed"),
+        (
+            {"model.architecture": "transformer", "model.memories": ("full",), "model.bandwidth": "fixed"},
+            r"model.bandwidth is 'fixed'; legal: adaptive, where model.architecture is transformer",
+        ),
         ({"model.layers": "8"}, r"model.layers is '8'; legal: a value of type int"),
         ({"data.context": 100}, r"data.context is 100, shorter than the window: legal: model.window = 256 or more"),
         ({"data.workers": -1}, r"data.workers is -1"),

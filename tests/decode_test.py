@@ -24,7 +24,7 @@ TRANSFORMER = dataclasses.replace(MOSAIC, architecture="transformer", memories=(
 CONFIGS = {
     "mosaic": MOSAIC,
     "mosaic without long-term memory": dataclasses.replace(MOSAIC, memories=("short",)),
-    "mosaic of leaky keys and fixed bandwidth": dataclasses.replace(MOSAIC, keys="leaky", bandwidth="fixed"),
+    "mosaic of leaky keys and fixed bandwidth": dataclasses.replace(MOSAIC, key_extractor="leaky", bandwidth="fixed"),
     "transformer": TRANSFORMER,
     "long/short transformer": dataclasses.replace(TRANSFORMER, memories=("short", "long")),
 }

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaics_jax import checkpoint, compilation, fingerprint, goodput, loop, step
+from mosaics_jax import checkpoint, compilation, fingerprint, goodput, integrity, loop, step
 from mosaics_jax.checkpoint import Checkpoints, SaveFailed
 from mosaics_jax.config import CheckpointConfig, RunConfig
 from mosaics_jax.train import train
@@ -73,7 +73,7 @@ def test_what_was_saved_is_what_the_fingerprints_say(finished: pathlib.Path) -> 
     prints = _fingerprints(finished, 8)
     assert prints.keys() == {"params", "optimizer", "counters"}
     item = finished / "checkpoints" / "8" / "params"
-    assert checkpoint._read(item, slice(None)) == prints["params"]
+    assert integrity.read(item, slice(None)) == prints["params"]
     saves = _records(finished, "save")
     assert [save["step"] for save in saves] == [3, 6, 8]
     for save in saves:
@@ -138,10 +138,10 @@ def test_what_goes_to_disk_wrong_is_never_kept_as_good(
     corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A disk that writes something else: here what is read back after the commit of step 6 is not what was saved."""
-    real = checkpoint._read
+    real = integrity.read
     monkeypatch.setattr(
-        checkpoint,
-        "_read",
+        integrity,
+        "read",
         lambda item, part: {name: value ^ (item.parent.name == "6") for name, value in real(item, part).items()},
     )
     train(helpers.tiny_config(corpus), tmp_path / "run")

@@ -30,9 +30,10 @@ class Keys(NamedTuple):
 class KeyExtractor(nnx.Module):
     """k_t = Norm(k̄_t),  k̄_t = g_t k̃_t + λ_t k̄_{t-1},  k̃ = W_φ x,  g = exp(W_g x),  λ = exp(-|W_λ x|).
 
-    g and λ are one scalar per head and position; k̄ restarts at 0 before a document's first token. With `model.keys` =
-    leaky, Memory Mosaics v1's: λ = exp(-|θ|), one scalar per head, and g = 1, since Norm takes out any other constant.
-    Its θ is drawn as W_λ x is distributed at the start.
+    g and λ are one scalar per head and position; k̄ restarts at 0 before a document's first token.
+
+    With `model.key_extractor` = leaky, Memory Mosaics v1's: λ = exp(-|θ|), one scalar per head, and g = 1, since Norm
+    takes out any other constant. θ is drawn as W_λ x is distributed at the start.
     """
 
     def __init__(self, config: ModelConfig, layer: jax.Array, seed: layers.Seed):
@@ -40,7 +41,7 @@ class KeyExtractor(nnx.Module):
         shape = (config.width, config.heads, config.head_width)
         self.config = config
         self.W_phi = layers.parameter(seed, "W_phi", shape, _PROJECTION, normal)
-        if config.keys == "leaky":
+        if config.key_extractor == "leaky":
             spread = layers.truncated_normal(1 / jnp.sqrt(2.0 * (layer + 1)))
             self.theta_lambda = layers.parameter(seed, "theta_lambda", (config.heads,), (dims.HEADS,), spread)
         else:
@@ -61,7 +62,7 @@ class KeyExtractor(nnx.Module):
 
     def _gates(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """log g_BTH and log λ_BTH in float32."""
-        if self.config.keys == "leaky":
+        if self.config.key_extractor == "leaky":
             log_decay_H = -jnp.abs(self.theta_lambda[...])
             log_decay_BTH = jnp.broadcast_to(log_decay_H, (*x_BTD.shape[:2], *log_decay_H.shape))
             return jnp.zeros_like(log_decay_BTH), log_decay_BTH

@@ -24,7 +24,7 @@ MOSAIC = ModelConfig(
     compute_dtype="float32", remat="none",
 )  # fmt: skip
 SHORT = dataclasses.replace(MOSAIC, memories=("short",))
-V1_KEYS = dataclasses.replace(MOSAIC, keys="leaky", bandwidth="fixed")
+V1_KEYS = dataclasses.replace(MOSAIC, key_extractor="leaky", bandwidth="fixed")
 TRANSFORMER = dataclasses.replace(MOSAIC, architecture="transformer", memories=("full",))
 CONFIGS = {
     "mosaic": MOSAIC,
@@ -171,8 +171,8 @@ def _memory(config, kind, weights, x, m):
         k, v = [None] * (length + 1), [None] * (length + 1)
         k_bar = np.zeros(config.head_width)
         for t in range(1, length + 1):
-            g, decay = 7.0, math.exp(-abs(key["theta_lambda"][head])) if config.keys == "leaky" else None
-            if config.keys == "gated":
+            g, decay = 7.0, math.exp(-abs(key["theta_lambda"][head])) if config.key_extractor == "leaky" else None
+            if config.key_extractor == "gated":
                 g = math.exp(x[t] @ key["W_g"][:, head])
                 decay = math.exp(-abs(x[t] @ key["W_lambda"][:, head]))
             k_bar = g * (x[t] @ key["W_phi"][:, head]) + decay * k_bar
