@@ -28,7 +28,7 @@ def test_golden_dump(recipe: str) -> None:
 
 def test_every_recipe_is_there() -> None:
     names = ["tiny", "small", "large"]
-    assert sorted(["extend_32k"] + names + [f"transformer_{name}" for name in names]) == RECIPES
+    assert sorted(["claims", "extend_32k"] + names + [f"transformer_{name}" for name in names]) == RECIPES
 
 
 def test_round_trip_and_immutability() -> None:

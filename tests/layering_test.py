@@ -42,7 +42,7 @@ FLOORS = [
     {"mosaics_jax.checkpoint", "mosaics_jax.local_checkpoint", "mosaics_jax.roofline", "mosaics_jax.processes"},
     {"mosaics_jax.restore", "mosaics_jax.loop", "mosaics_jax.watchdog", "mosaics_jax.compilation"},
     {"mosaics_jax.train", "mosaics_jax.api", "mosaics_jax.evaluate", "mosaics_jax.explore"},
-    {"mosaics_jax.plan"},
+    {"mosaics_jax.plan", "mosaics_jax.claims"},
     {"mosaics_jax.plan_report"},
     {"launch"},
 ]

@@ -1,0 +1,46 @@
+"""Trains small variants of the model alike and asks them what the paper asks: tables and figures under WORKDIR.
+
+python -m launch.claims --workdir=runs/claims --suite=recall,classification --seeds=3
+"""
+
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from configs.claims import BUDGETS, STUDIES, VARIANTS
+from launch import command
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of corpora, runs and reports; the same command goes on")
+_SUITE = flags.DEFINE_list("suite", list(STUDIES), "studies, each a training of its own")
+_VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), "which models")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each variant at its best learning rate")
+_BUDGET = flags.DEFINE_enum("budget", "cpu", BUDGETS, "size of the models")
+_TEXT = flags.DEFINE_list("text", ["python"], "what the corpus of text is made of, as launch.prepare --input takes it")
+
+
+def main() -> None:
+    if not _WORKDIR.value:
+        raise ValueError("--workdir is not set; legal: a directory, new or of the same command before")
+    for name, given, known in (("suite", _SUITE.value, STUDIES), ("variants", _VARIANTS.value, VARIANTS)):
+        if unknown := [one for one in given if one not in known]:
+            raise ValueError(f"--{name} has {unknown[0]!r}; legal: {', '.join(known)}")
+        if not given:
+            raise ValueError(f"--{name} is empty; legal: one or more of {', '.join(known)}")
+    if _SEEDS.value < 1:
+        raise ValueError(f"--seeds is {_SEEDS.value}; legal: 1 or more")
+    from mosaics_jax.claims.study import Study  # after the flags: a typo is answered before JAX loads
+    from mosaics_jax.evaluate import report
+
+    workdir = pathlib.Path(_WORKDIR.value)
+    about = {"command": f"`python -m launch.claims {shlex.join(sys.argv[1:])}`", "budget": _BUDGET.value}
+    for name in _SUITE.value:
+        study = Study(name, workdir, _BUDGET.value, _SEEDS.value, tuple(_VARIANTS.value), text=tuple(_TEXT.value))
+        found = study.run()
+        report.save(found, workdir, name, about)
+        print(report.markdown(found, name, about), flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main)

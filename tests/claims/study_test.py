@@ -1,0 +1,94 @@
+"""Questions are scored as they must be; a study trains and asks once, and is refused in one line."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from oracles import TOKENIZER, Scripted
+
+from mosaics_jax.claims import study
+from mosaics_jax.claims.episodes import TASKS
+from mosaics_jax.claims.questions import Questions, accuracy
+from mosaics_jax.evaluate import suite
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _answered(name: str, loss) -> dict[int, list[float]]:
+    questions = Questions(TASKS[name], TOKENIZER, count=3)
+    examples = list(questions.examples())
+    assert len(examples) == len(questions) == len({example.key for example in examples})
+    records = []
+    for example in examples:
+        records += questions.answer(Scripted(loss=lambda row, e=example: loss(e)), [example])
+    assert questions.report(records).tables[0].rows
+    return accuracy(records)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_scores_of_scripted_models(name: str) -> None:
+    def at_answers(example: suite.Example, right: float, rest: float, spare_the_last: bool = False) -> np.ndarray:
+        ids, answers = example.payload
+        loss_T = np.full(len(ids) - 1, rest)
+        for answer in answers:
+            assert TOKENIZER.decode(ids[1:][answer.start : answer.stop]) not in "\n "
+            loss_T[answer.start : answer.stop - spare_the_last] = right
+        return loss_T
+
+    all_x = set(TASKS[name].asked) if name != "classification" else set(range(1, max(TASKS[name].asked) + 1))
+    for loss, score in [
+        (lambda example: at_answers(example, 0.0, 9.0), 1.0),  # knows the answers and nothing else
+        (lambda example: at_answers(example, 9.0, 0.0), 0.0),  # knows all but them
+        (lambda example: at_answers(example, 0.0, 9.0, spare_the_last=True), 0.0),  # never the whole answer
+    ]:
+        found = _answered(name, loss)
+        assert set(found) == all_x
+        assert {value for values in found.values() for value in values} == {score}
+
+
+@pytest.mark.slow
+def test_a_study_trains_and_asks_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    small = {
+        "run.steps": 6, "run.eval_every": 6, "run.eval_batches": 1, "optimizer.warmup_steps": 1, "model.width": 32,
+        "model.ffn_width": 64, "data.batch": 2,
+    }  # fmt: skip
+    one = study.Study(
+        "recall", tmp_path, seeds=2, variants=("mosaic", "transformer"), rates=(1e-3, 1e-2), changes=small,
+        say=said.append,
+    )  # fmt: skip
+    made = one.run()
+    assert sum("bits per byte" in line for line in said) == 2 * (2 + 1)  # a run a rate, and the other seed at the best
+    sizes, whole, removed = made.tables
+    assert [row[0] for row in sizes.rows] == [row[0] for row in whole.rows] == ["mosaic", "transformer"]
+    assert [row[0] for row in removed.rows] == ["mosaic"]
+    assert len(whole.columns) == 1 + len(TASKS["recall"].asked)
+    assert [series["label"] for series in made.figures[0].data["series"]] == ["mosaic", "transformer"]
+
+    monkeypatch.setattr(study, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Questions, "answer", lambda *_: pytest.fail("asked again"))
+    again = one.run()
+    assert again.tables == made.tables
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: --workdir is not set; legal: a directory"),
+        (
+            ["--workdir=w", "--suite=recal"],
+            "error: --suite has 'recal'; legal: language, facts",
+        ),
+        (["--workdir=w", "--variants=v1"], "error: --variants has 'v1'; legal: mosaic, transformer"),
+        (["--workdir=w", "--variants="], "error: --variants is empty; legal: one or more of mosaic"),
+        (["--workdir=w", "--seeds=0"], "error: --seeds is 0; legal: 1 or more"),
+        (["--workdir=w", "--budget=tpu"], "error: flag --budget=tpu: value should be one of <cpu|gpu>"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "launch.claims", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(message)
