@@ -86,7 +86,6 @@ class Checkpoints:
         began = time.perf_counter()
         self._commit()
         items = arrays(state)
-        fingerprints = _fingerprints(items)
         try:
             self._orbax.save(
                 self._directory / str(step),
@@ -97,6 +96,8 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(step, error) from error
+        # After it: Orbax's copies, and its meeting of several processes, would wait on the devices for them.
+        fingerprints = fingerprints_of(state)
         blocking = time.perf_counter() - began
         self._saving = _Saving(step, fingerprints, began, blocking, self._committer.submit(self._wait_for_orbax))
 
