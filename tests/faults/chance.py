@@ -103,14 +103,14 @@ def goodput_table(suite: Suite, means: list[float]) -> tuple[str, list[tuple[goo
     return "\n".join(lines), found
 
 
-def blocking(suite: Suite) -> str:
-    """What saves cost a run of 100 million weights on two ranks, each of which holds and writes half of them."""
+def blocking(suite: Suite, ranks: int) -> str:
+    """What saves cost a run of 100 million weights, of which each rank holds and writes its share."""
     config = suite.config(**{
-        "model.width": 1024, "model.heads": 8, "model.ffn_width": 2752, "model.layers": 7, "mesh.fsdp": 2,
-        "mesh.data": 1, "run.steps": 24, "run.eval_every": 24, "checkpoint.every": 4, "run.watchdog_seconds": 120.0,
+        "model.width": 1024, "model.heads": 8, "model.ffn_width": 2752, "model.layers": 7, "mesh.fsdp": ranks,
+        "mesh.data": 1, "run.steps": 20, "run.eval_every": 20, "checkpoint.every": 4, "run.watchdog_seconds": 120.0,
     })  # fmt: skip
-    workdir = suite.folder / "large"
-    job = Job(config, workdir)
+    workdir = suite.folder / f"large-{ranks}"
+    job = Job(config, workdir, ranks)
     assert set(job.end(900)) == {0}, job.log()[-3000:]
     saves = records(workdir, "save")
     lines = ["| checkpoint | written, s | training stood still, s | share |", "|---|---|---|---|"]

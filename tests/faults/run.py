@@ -62,7 +62,10 @@ def main() -> None:
         say(f"The first of these rows:\n\n{goodput.table(found[0][0])}\n\n![Its lives](faults.png)")
         same = all(one for _, one in found)
     if not given.nosaves:
-        say(f"Saves of a run of 100 million weights, with their optimiser's state 1.2 GB:\n\n{blocking(suite)}")
+        for ranks in (1, 2):
+            where = "one process" if ranks == 1 else f"{ranks} ranks"
+            say(f"Saves of a run of 100 million weights, with the optimiser's state 1.2 GB, {where}:")
+            say(blocking(suite, ranks))
     if given.output:
         output = pathlib.Path(given.output)
         output.mkdir(parents=True, exist_ok=True)
