@@ -145,6 +145,7 @@ def disk_full(step: int, limit: int = 40 << 10) -> None:
 
     def save(self, state, at, record):
         if at >= step:
+            self._commit()  # the save before is not to meet the limit
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return real(self, state, at, record)
 
