@@ -3,7 +3,7 @@
 Command:  python -m launch.claims --workdir=runs/claims        (trains and asks them all)
           one of them: python -m launch.train --config=configs/claims.py:cpu,recall,mosaic --workdir=runs/recall \\
               --config.data.path=runs/claims/data --config.run.seed=1 --config.optimizer.peak_learning_rate=3e-3
-Cost:     cpu: about a minute a run on two cores; gpu: not measured.
+Cost:     not measured.
 Expected: docs/results/claims.md, once it is written.
 """
 
@@ -22,16 +22,17 @@ STUDIES: Mapping[str, tuple[dict[str, float], dict[str, Any]]] = {
     "recall": ({"recall": 1.0}, {}),
     "recall_one_layer": ({"recall": 1.0}, {"layers": 1}),
 }
-# What differs from Memory Mosaics v2; the widths are the same in all but the last.
+# What differs from Memory Mosaics v2, as a value or made of the mosaic's; the widths are the same in all but the last.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "mosaic": {},
     "transformer": {"architecture": "transformer", "memories": ("full",)},
     "long_short_transformer": {"architecture": "transformer"},
     "fixed_bandwidth": {"bandwidth": "fixed"},
-    "fixed_delay": {"delay_max": "delay_min"},
+    "fixed_delay": {"delay_max": lambda model: model.delay_min},
     "leaky_keys": {"key_extractor": "leaky"},
     "without_long_term": {"memories": ("short",)},
-    "as_many_weights": {"ffn_width": "as a transformer's"},
+    # As a transformer: a mosaic's block has 6 d^2 + 4 d H weights beside the feed-forward ones instead of 4 d^2.
+    "as_many_weights": {"ffn_width": lambda model: model.ffn_width - (2 * model.width + 4 * model.heads) // 3},
 }
 BUDGETS = ("cpu", "gpu")
 
@@ -63,10 +64,6 @@ def get_config(which: str = "cpu,recall,mosaic") -> ml_collections.ConfigDict:
     config.checkpoint.update(every=1000, keep=1)
     config.data.path, config.data.mixture = "runs/claims/data", ml_collections.ConfigDict(STUDIES[study][0])
     config.model.update(STUDIES[study][1])
-    changes: dict[str, Any] = dict(VARIANTS[variant])
-    if "delay_max" in changes:
-        changes["delay_max"] = config.model.delay_min
-    if "ffn_width" in changes:  # a block has 6 d^2 + 4 d H weights before it instead of 4 d^2
-        changes["ffn_width"] = config.model.ffn_width - (2 * config.model.width + 4 * config.model.heads) // 3
-    config.model.update(changes)
+    for field, value in VARIANTS[variant].items():
+        config.model[field] = value(config.model) if callable(value) else value
     return config

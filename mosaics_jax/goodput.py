@@ -4,6 +4,7 @@ Within a life times are of the monotonic clock (`up`), so a wall clock that jump
 only the wall clock knows; a gap that it makes negative counts as none.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -71,24 +72,29 @@ class Goodput:
         return self.seconds["train"] / (self.total - excess - self.seconds["save"])
 
 
+def records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Those of a metrics.jsonl, without half a line that a process was killed in."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def measure(workdir: pathlib.Path) -> Goodput:
     """Raises ValueError where there is no run, or none that tells its lives."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{workdir} holds no metrics.jsonl; legal: the workdir of a run")
     lives: list[list[dict[str, Any]]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # half a line: a process was killed as it wrote
+    for record in records(path):
         if record["kind"] == "start":
             lives.append([])
         if lives:
             lives[-1].append(record)
     if not lives:
         raise ValueError(f"{path} tells of no start: it is of a version before lives were recorded")
-    return _sum([_life(records) for records in lives], lives)
+    return _sum([_life(life) for life in lives], lives)
 
 
 def _life(records: list[dict[str, Any]]) -> Life:

@@ -7,7 +7,6 @@ W/<study>.{json,md,png}                       the report
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 
 from configs import claims as recipe
-from mosaics_jax import metrics, roofline
-from mosaics_jax.claims.episodes import TASKS, write
+from mosaics_jax import goodput, metrics, roofline
+from mosaics_jax.claims.episodes import TASKS, Task, write
 from mosaics_jax.claims.questions import Questions, accuracy
 from mosaics_jax.config import Config, MeshConfig
 from mosaics_jax.data.corpus import Manifest
@@ -38,6 +37,14 @@ class Run(NamedTuple):
     variant: str
     rate: float
     seed: int
+
+
+class Found(NamedTuple):
+    """What came of a run: its held-out loss, and its answers, "whole" and with the long-term memory "removed", by x."""
+
+    run: Run
+    bits_per_byte: float
+    answers: dict[str, dict[int, list[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +75,15 @@ class Study:
     def folder(self, run: Run) -> pathlib.Path:
         return self.workdir / "runs" / self.name / run.variant / f"{run.rate:g}-seed{run.seed}"
 
+    @property
+    def task(self) -> Task | None:
+        """What the study asks; None: text."""
+        return next((TASKS[name] for name in recipe.STUDIES[self.name][0] if name in TASKS), None)
+
     def run(self) -> report.Report:
         """Everything: corpora, runs, answers, report."""
         self._prepare()
-        found = {variant: [(run, self._ask(run)) for run in self._train(variant)] for variant in self.variants}
-        return self._report(found)
+        return self._report({variant: list(self._train(variant)) for variant in self.variants})
 
     def _prepare(self) -> None:
         """The corpora that the study needs and that are not there."""
@@ -92,14 +103,13 @@ class Study:
                 write(TASKS[name], pathlib.Path(folder) / f"{name}.jsonl", tokens, seed=0)
                 prepare([f"{folder}/{name}.jsonl"], str(target), valid_fraction=0.06)
 
-    def _train(self, variant: str) -> Iterator[Run]:
-        """A run of each rate with the first seed; then the other seeds with the best of them. Yields these and it."""
+    def _train(self, variant: str) -> Iterator[Found]:
+        """A run of each rate with the first seed; then the other seeds with the best of them. Asks these and it."""
         losses = {rate: self._trained(Run(variant, rate, 0)) for rate in self.rates}
         best = min(losses, key=lambda rate: losses[rate])
         for seed in range(self.seeds):
             run = Run(variant, best, seed)
-            self._trained(run)
-            yield run
+            yield Found(run, self._trained(run) if seed else losses[best], self._ask(run))
 
     def _trained(self, run: Run) -> float:
         """The held-out bits per byte of a run, trained now where it is not yet."""
@@ -115,7 +125,7 @@ class Study:
             self.say(f"{self.name}: {run.variant}, rate {run.rate:g}, seed {run.seed}: {found:.3f} bits per byte")
         return found
 
-    def _ask(self, run: Run) -> dict[str, Any]:
+    def _ask(self, run: Run) -> dict[str, dict[int, list[float]]]:
         """The answers of a run, and where it has a long-term memory beside another, of what is left without it."""
         answers = {"whole": self._answers(run, long_term=True)}
         if set(self.config(run).model.memories) >= {"short", "long"}:
@@ -127,26 +137,23 @@ class Study:
         folder = self.folder(run)
         model = RunModel(folder, MeshConfig(), long_term=long_term)
         directory = folder / ("answers" if long_term else "answers_without_long_term")
-        asked = next((TASKS[name] for name in self.config(run).data.mixture if name in TASKS), None)
-        if asked is not None:
-            suite.run(Questions(asked, model.tokenizer), model, directory)
-            return accuracy(list(suite.read_records(directory / f"{asked.name}.jsonl").values()))
+        if self.task is not None:
+            return accuracy(suite.answers(Questions(self.task, model.tokenizer), model, directory))
         lengths = [times * model.context for times in LONGER]
         manifest = Manifest.load(self.workdir / "data" / "text")
-        suite.run(Perplexity(manifest, lengths, context=model.context), model, directory)
-        records = suite.read_records(directory / "perplexity.jsonl").values()
+        records = suite.answers(Perplexity(manifest, lengths, context=model.context), model, directory)
         return {length: [r["tail"] for r in records if r["length"] == length] for length in lengths}
 
-    def _report(self, found: dict[str, list[tuple[Run, dict[str, Any]]]]) -> report.Report:
-        task = next((TASKS[name] for name in recipe.STUDIES[self.name][0] if name in TASKS), None)
+    def _report(self, found: dict[str, list[Found]]) -> report.Report:
+        task = self.task
         axis, what = (task.axis, "Accuracy in percent") if task else ("tokens", "Nats of a document's last 256 tokens")
         tables, series = [self._sizes(found)], []
         for kind, title in (("whole", "as trained"), ("removed", "long-term memory removed")):
             rows: list[list[Any]] = []
             for variant, runs in found.items():
-                if kind not in runs[0][1]:
+                if kind not in runs[0].answers:
                     continue
-                by_x = {x: [report.mean(answers[kind][x]) for _, answers in runs] for x in runs[0][1][kind]}
+                by_x = {x: [report.mean(one.answers[kind][x]) for one in runs] for x in runs[0].answers[kind]}
                 rows.append([variant, *(_spread(values, percent=task is not None) for values in by_x.values())])
                 if kind == "whole":
                     one = report.curve(variant, list(by_x), list(by_x.values()))
@@ -161,16 +168,15 @@ class Study:
         data = report.lines(self.name, axis, "accuracy" if task else "nats", series, **more)
         return report.Report(tables, [report.Figure(self.name, data)])
 
-    def _sizes(self, found: dict[str, list[tuple[Run, dict[str, Any]]]]) -> report.Table:
+    def _sizes(self, found: dict[str, list[Found]]) -> report.Table:
         rows = []
         for variant, runs in found.items():
-            config = self.config(runs[0][0])
+            config = self.config(runs[0].run)
             tokens = config.data.batch * config.data.context
             flops = metrics.step_flops(config, roofline.visible_pairs(config, config.data.context)) / 3 / tokens
-            losses = [self._trained(run) for run, _ in runs]
             rows.append([
-                variant, parameter_count(config.model), round(flops), f"{runs[0][0].rate:g}",
-                _spread(losses, percent=False),
+                variant, parameter_count(config.model), round(flops), f"{runs[0].run.rate:g}",
+                _spread([one.bits_per_byte for one in runs], percent=False),
             ])  # fmt: skip
         columns = ["variant", "parameters", "FLOPs a token, forward", "best rate", "held out, bits per byte"]
         return report.Table("What was trained", columns, rows)
@@ -184,12 +190,8 @@ def _spread(values: Sequence[float], percent: bool) -> str:
 
 def _last_evaluation(folder: pathlib.Path, steps: int) -> float | None:
     """The held-out bits per byte of a run that is finished."""
-    path, found, finished = folder / "metrics.jsonl", None, False
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # half a line: a process was killed as it wrote
-                record = json.loads(line)
-                finished |= record["kind"] == "end" and record["why"] == "finished"
-                if record["kind"] == "eval" and record["step"] == steps:
-                    found = float(record["bits_per_byte"])
-    return found if finished else None
+    path = folder / "metrics.jsonl"
+    records = goodput.records(path) if path.is_file() else []
+    if not any(record["kind"] == "end" and record["why"] == "finished" for record in records):
+        return None
+    return next(float(r["bits_per_byte"]) for r in reversed(records) if r["kind"] == "eval" and r["step"] == steps)

@@ -50,7 +50,12 @@ class Suite(Protocol):
 
 
 def run(suite: Suite, model: Model, directory: pathlib.Path) -> Report:
-    """Answers what `directory`/<suite>.jsonl does not hold yet, and reports on all.
+    """The report on `answers`."""
+    return suite.report(answers(suite, model, directory))
+
+
+def answers(suite: Suite, model: Model, directory: pathlib.Path) -> list[dict[str, Any]]:
+    """Answers what `directory`/<suite>.jsonl does not hold yet; the records of all examples, in their order.
 
     Killed at any moment, it goes on after the last whole line. Raises ValueError for an example that is longer than the
     model can hold, and for a suite without examples.
@@ -70,15 +75,15 @@ def run(suite: Suite, model: Model, directory: pathlib.Path) -> Report:
             order += [example.key for example in batch]
             missing = [example for example in batch if example.key not in records]
             if missing:
-                answers = suite.answer(model, missing)
-                records |= {example.key: answer for example, answer in zip(missing, answers, strict=True)}
+                given = suite.answer(model, missing)
+                records |= {example.key: answer for example, answer in zip(missing, given, strict=True)}
                 if first:
                     _append(path, [(example.key, records[example.key]) for example in missing])
             bar.update(len(batch))
             if first and not shown and time.monotonic() - said > _SECONDS:  # a log has lines instead
                 print(f"{suite.name}: {len(order)} of {len(suite)} examples", file=sys.stderr, flush=True)
                 said = time.monotonic()
-    return suite.report([records[key] for key in order])
+    return [records[key] for key in order]
 
 
 def row(tokenizer: Tokenizer, text: str) -> np.ndarray:

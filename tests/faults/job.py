@@ -44,7 +44,7 @@ class Job:
                 *helpers.command_line(config), f"--workdir={workdir}", f"--coordinator=localhost:{port}",
                 f"--processes={ranks}", f"--process={rank}", "--wait=60", f"--heartbeat={heartbeat}",
             ]  # fmt: skip
-            # Little compilation: on a CPU every rank but the first compiles in every life (jax's cache key).
+            # Little compilation: the first life of every other config compiles.
             environment = helpers.OPTIMISED | {
                 "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             }  # fmt: skip

@@ -171,8 +171,9 @@ def _memory(config, kind, weights, x, m):
         k, v = [None] * (length + 1), [None] * (length + 1)
         k_bar = np.zeros(config.head_width)
         for t in range(1, length + 1):
-            g, decay = 7.0, math.exp(-abs(key["theta_lambda"][head])) if config.key_extractor == "leaky" else None
-            if config.key_extractor == "gated":
+            if config.key_extractor == "leaky":
+                g, decay = 7.0, math.exp(-abs(key["theta_lambda"][head]))  # any constant g gives the same keys
+            else:
                 g = math.exp(x[t] @ key["W_g"][:, head])
                 decay = math.exp(-abs(x[t] @ key["W_lambda"][:, head]))
             k_bar = g * (x[t] @ key["W_phi"][:, head]) + decay * k_bar
