@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import helpers
@@ -68,14 +69,21 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=
 
 
 @pytest.fixture
-def slurm(tmp_path):
+def slurm():
     """The environment in which sbatch finds the cluster. Nothing of it is left behind."""
     if (reason := _missing()) is not None:
         pytest.skip(reason)
-    directory = tmp_path / "slurm"
-    (directory / "state").mkdir(parents=True)
-    tmp_path.chmod(0o755)
-    directory.chmod(0o755)
+    # Not under tmp_path: slurmd's sockets lie here, and the name of a socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="slurm") as name:
+        directory = pathlib.Path(name)
+        directory.chmod(0o755)
+        (directory / "state").mkdir()
+        with _cluster(directory) as environment:
+            yield environment, directory
+
+
+@contextlib.contextmanager
+def _cluster(directory):
     text = CONFIGURATION.format(*_ports(3), directory=directory, host=socket.gethostname(), user=getpass.getuser())
     (directory / "slurm.conf").write_text(text)
     environment = os.environ | {"SLURM_CONF": str(directory / "slurm.conf"), "JAX_PLATFORMS": "cpu"}
@@ -98,7 +106,7 @@ def slurm(tmp_path):
                 )
                 time.sleep(1)
         _await(lambda: _run(environment, "sinfo", "-h", "-o", "%t %D") == "idle 2", 60, lambda: _state(directory))
-        yield environment, directory
+        yield environment
     finally:
         subprocess.run(["scancel", "--user", getpass.getuser()], env=environment, timeout=20, check=False)
         for daemon in reversed(daemons):
