@@ -9,14 +9,14 @@ import sys
 
 from absl import flags
 
-from configs.claims import BUDGETS, STUDIES, VARIANTS
+from configs.claims import RATES, STUDIES, VARIANTS
 from launch import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of corpora, runs and reports; the same command goes on")
 _SUITE = flags.DEFINE_list("suite", list(STUDIES), "studies, each a training of its own")
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), "which models")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each variant at its best learning rate")
-_BUDGET = flags.DEFINE_enum("budget", "cpu", BUDGETS, "size of the models")
+_BUDGET = flags.DEFINE_enum("budget", "cpu", list(RATES), "size of the models")
 _TEXT = flags.DEFINE_list("text", ["python"], "what the corpus of text is made of, as launch.prepare --input takes it")
 
 
@@ -30,14 +30,21 @@ def main() -> None:
             raise ValueError(f"--{name} is empty; legal: one or more of {', '.join(known)}")
     if _SEEDS.value < 1:
         raise ValueError(f"--seeds is {_SEEDS.value}; legal: 1 or more")
-    from mosaics_jax.claims.study import Study  # after the flags: a typo is answered before JAX loads
+    # After the flags: a typo is answered before JAX loads.
+    from mosaics_jax.claims import tables
+    from mosaics_jax.claims.extension import Extension
+    from mosaics_jax.claims.study import Study
     from mosaics_jax.evaluate import report
 
     workdir = pathlib.Path(_WORKDIR.value)
-    about = {"command": f"`python -m launch.claims {shlex.join(sys.argv[1:])}`", "budget": _BUDGET.value}
+    about = {
+        "command": f"`python -m launch.claims {shlex.join(sys.argv[1:])}`",
+        "numbers": f"means over {_SEEDS.value} seeds ± their standard error",
+    }
     for name in _SUITE.value:
-        study = Study(name, workdir, _BUDGET.value, _SEEDS.value, tuple(_VARIANTS.value), text=tuple(_TEXT.value))
-        found = study.run()
+        kind = Extension if name == "extension" else Study
+        study = kind(name, workdir, _BUDGET.value, _SEEDS.value, tuple(_VARIANTS.value), text=tuple(_TEXT.value))
+        found = tables.make(study, study.run())
         report.save(found, workdir, name, about)
         print(report.markdown(found, name, about), flush=True)
 

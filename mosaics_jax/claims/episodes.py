@@ -77,7 +77,7 @@ class Classification:
     """Examples of four classes, shot by shot; classes and their names are drawn anew for every episode.
 
     A class is a prototype of eight letters, an example has some of them replaced, so more shots tell more. x of an
-    answer is the number of shots before it.
+    answer is the number of shots before it; one episode has them all.
     """
 
     name = "classification"
@@ -85,6 +85,7 @@ class Classification:
     chance = 1 / 4
     trained = 8
     asked: Sequence[int] = (32,)
+    scored: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     classes = 4
     _LETTERS = "abcdefghijklmnop"
     _WIDTH, _NOISE = 8, 0.5
@@ -101,20 +102,20 @@ class Classification:
             for label in draw.sample(labels, self.classes):
                 letters = [draw.choice(self._LETTERS) if draw.random() < self._NOISE else c for c in prototypes[label]]
                 text += "".join(letters) + label
-                if shot:
+                if shot in self.scored:
                     answers.append(Answer(len(text) - 1, len(text), shot))
                 text += "\n"
         return Episode(text, answers)
 
 
 class Facts:
-    """Unrelated one-line documents, each about somebody, then questions about some of them, as RULER's task."""
+    """Unrelated one-line documents, each a fact about somebody, then questions about some of them, as RULER's task.
 
-    name = "facts"
+    A question repeats the words of its document up to the answer: what is asked for is finding it among the others.
+    """
+
     axis = "documents"
     chance = 1 / 16
-    trained = 8
-    asked: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
     _VALUES: ClassVar = {
         "colour": [
             "amber", "azure", "beige", "black", "brown", "coral", "ebony", "green", "ivory",
@@ -129,7 +130,10 @@ class Facts:
             "nurse", "pilot", "quill", "rider", "smith", "tutor", "valet",
         ],
     }  # fmt: skip
-    _QUESTIONS = 3
+    _QUESTIONS = 8
+
+    def __init__(self, name: str, trained: int, asked: Sequence[int]):
+        self.name, self.trained, self.asked = name, trained, asked
 
     def training(self, draw: random.Random) -> Episode:
         return self.question(draw, draw.randint(1, self.trained))
@@ -142,16 +146,24 @@ class Facts:
         text, answers = "".join(f"The {a} of {name} is {value}.\n" for name, (a, value) in people.items()), []
         for name in draw.sample(list(people), min(x, self._QUESTIONS)):
             attribute, value = people[name]
-            text += f"Which {attribute} has {name}? "
+            text += f"Question: the {attribute} of {name} is "
             answers.append(Answer(len(text), len(text) + len(value), x))
-            text += f"{value}\n"
+            text += f"{value}.\n"
         return Episode(text, answers)
 
     def _person(self, draw: random.Random) -> str:
-        return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(3)).capitalize()
+        return "".join(draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(2)).capitalize()
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Recall(), Classification(), Facts())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Recall(),
+        Classification(),
+        Facts("facts", 8, (1, 2, 4, 8, 16, 32, 64, 128)),
+        Facts("long_facts", 64, (32, 64)),  # what a model that reads longer rows is trained on further
+    )
+}
 
 
 def write(task: Task, path: pathlib.Path, characters: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""A task as an evaluation suite: every answer of an episode is asked in one forward pass.
+"""A task as examples of an evaluation: every answer of an episode is asked in one forward pass.
 
 An answer counts where each of its tokens is the likeliest after the true ones before it, which is where greedy decoding
 would write it.
@@ -10,14 +10,14 @@ from typing import Any
 
 from mosaics_jax.claims.episodes import Task
 from mosaics_jax.data.tokenizer import Tokenizer
-from mosaics_jax.evaluate import report, suite
+from mosaics_jax.evaluate import suite
 from mosaics_jax.evaluate.model import Model
 
 
 class Questions:
     """`count` episodes at each x of the task, the same for every model."""
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, *, count: int = 64, seed: int = 1):
+    def __init__(self, task: Task, tokenizer: Tokenizer, *, count: int = 16, seed: int = 1):
         self.name, self._task, self._tokenizer, self._count, self._seed = task.name, task, tokenizer, count, seed
 
     def __len__(self) -> int:
@@ -39,16 +39,6 @@ class Questions:
                 right.setdefault(str(answer.x), []).append(int(losses.likeliest_T[answer.start : answer.stop].all()))
             records.append({"right": right, "length": example.length})
         return records
-
-    def report(self, records: Sequence[dict[str, Any]]) -> report.Report:
-        found = accuracy(records)
-        rows = [[x, report.percent(right), len(right)] for x, right in found.items()]
-        figure = report.lines(
-            self.name, self._task.axis, "accuracy", [report.curve(self.name, list(found), list(found.values()))],
-            levels={"chance": self._task.chance}, marks={str(self._task.trained): "trained"}, log_x=True,
-        )  # fmt: skip
-        table = report.Table("Accuracy in percent", [self._task.axis, "right", "answers"], rows)
-        return report.Report([table], [report.Figure(self.name, figure)])
 
 
 def accuracy(records: Sequence[dict[str, Any]]) -> dict[int, list[float]]:

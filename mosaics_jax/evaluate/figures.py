@@ -44,6 +44,8 @@ def _draw_lines(axes: Any, both: list[Mapping[str, Any]]) -> None:
     axes.set(title=data["title"], xlabel=data["x"], ylabel=data["y"])
     if data.get("log_x"):
         axes.set_xscale("log", base=2)
+    if data.get("log_y"):
+        axes.set_yscale("log")
     for place, label in data.get("marks", {}).items():
         axes.axvline(float(place), color="#999999", linewidth=1, linestyle=":")
         axes.annotate(label, (float(place), 1), xycoords=("data", "axes fraction"), fontsize=8, va="top", rotation=90)

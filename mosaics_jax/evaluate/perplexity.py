@@ -68,11 +68,11 @@ class Perplexity:
             loss_T = losses.loss_T.astype(np.float64)
             record: dict[str, Any] = {"length": example.length, "tail": float(loss_T[-_TAIL:].mean()), "bins": None}
             if example.length == self._lengths[-1]:
-                record["bins"] = [float(loss_T[first:stop].mean()) for first, stop in self._bins()]
+                record["bins"] = [float(loss_T[first:stop].mean()) for first, stop in self.bins()]
             answers.append(record)
         return answers
 
-    def _bins(self) -> list[tuple[int, int]]:
+    def bins(self) -> list[tuple[int, int]]:
         """Positions [first, stop): 0, 1, 2 and 3, 4 to 7, ... by powers of two, the later ones halved for detail."""
         edges = [0, 1]
         while edges[-1] < self._lengths[-1]:
@@ -83,7 +83,7 @@ class Perplexity:
 
     def report(self, records: Sequence[dict[str, Any]]) -> report.Report:
         whole = [record["bins"] for record in records if record["bins"] is not None]
-        places = [(first, stop, [bins[place] for bins in whole]) for place, (first, stop) in enumerate(self._bins())]
+        places = [(first, stop, [bins[place] for bins in whole]) for place, (first, stop) in enumerate(self.bins())]
         tails = [[r["tail"] for r in records if r["length"] == length] for length in self._lengths]
         by_position = [
             [f"{first:,} to {stop - 1:,}", report.mean(losses), *self._bits(losses)] for first, stop, losses in places

@@ -33,7 +33,9 @@ class Example(NamedTuple):
     payload: Any
 
 
-class Suite(Protocol):
+class Examples(Protocol):
+    """What is asked of a model, and how."""
+
     name: str
 
     def __len__(self) -> int:
@@ -45,6 +47,10 @@ class Suite(Protocol):
     def answer(self, model: Model, batch: Sequence[Example]) -> list[dict[str, Any]]:
         """What is recorded of each example: JSON values."""
 
+
+class Suite(Examples, Protocol):
+    """Examples, and what is said of their answers."""
+
     def report(self, records: Sequence[dict[str, Any]]) -> Report:
         """The tables and figures of all records, which are in the order of the examples."""
 
@@ -54,7 +60,7 @@ def run(suite: Suite, model: Model, directory: pathlib.Path) -> Report:
     return suite.report(answers(suite, model, directory))
 
 
-def answers(suite: Suite, model: Model, directory: pathlib.Path) -> list[dict[str, Any]]:
+def answers(suite: Examples, model: Model, directory: pathlib.Path) -> list[dict[str, Any]]:
     """Answers what `directory`/<suite>.jsonl does not hold yet; the records of all examples, in their order.
 
     Killed at any moment, it goes on after the last whole line. Raises ValueError for an example that is longer than the
@@ -118,7 +124,7 @@ def _append(path: pathlib.Path, records: Sequence[tuple[str, dict[str, Any]]]) -
         file.writelines(json.dumps({"key": key, "record": record}) + "\n" for key, record in records)
 
 
-def _batches(suite: Suite, model: Model) -> Iterator[list[Example]]:
+def _batches(suite: Examples, model: Model) -> Iterator[list[Example]]:
     batch: list[Example] = []
     longest = 0
     for example in suite.examples():

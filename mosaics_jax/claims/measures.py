@@ -1,0 +1,112 @@
+"""What is asked of a trained model: measures, each a number at every x of an axis."""
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from mosaics_jax.claims.distances import MEMORIES, Distances
+from mosaics_jax.claims.episodes import Task
+from mosaics_jax.claims.questions import Questions, accuracy
+from mosaics_jax.data.corpus import Manifest
+from mosaics_jax.evaluate import suite
+from mosaics_jax.evaluate.model import RunModel
+from mosaics_jax.evaluate.perplexity import Perplexity
+
+LONGER = (1, 2, 4, 8)  # times the training length
+
+# What a model answered: by measure, and in it by x. A measure that a model does not have is absent.
+Answers = Mapping[str, Mapping[int, Sequence[float]]]
+
+
+class Measure(NamedTuple):
+    """A table, and curves of a figure.
+
+    Attributes:
+      title: of the table, with the unit.
+      axis: what x counts.
+      figure: the figure that its curves stand in; several measures may share one.
+      percent: values are shares, shown in percent.
+      label: what a curve is called after the variant's name.
+      chance: the share that guessing gets right.
+      trained: the greatest x of training.
+      removal: whether a table shows it without the long-term memory too.
+    """
+
+    name: str
+    title: str
+    axis: str
+    figure: str
+    percent: bool = False
+    label: str = ""
+    chance: float | None = None
+    trained: int | None = None
+    removal: bool = True
+
+
+class Asked(Protocol):
+    """Measures that are answered together."""
+
+    measures: Sequence[Measure]
+
+    def ask(self, model: RunModel, directory: pathlib.Path) -> Answers:
+        """Answers what the directory does not hold yet."""
+
+
+class AskedTask:
+    """Accuracy at a task."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self.measures: Sequence[Measure] = [
+            Measure(
+                task.name, f"{task.name}: accuracy in percent", task.axis, task.name, percent=True, chance=task.chance,
+                trained=task.trained,
+            )
+        ]  # fmt: skip
+
+    def ask(self, model: RunModel, directory: pathlib.Path) -> Answers:
+        return {self._task.name: accuracy(suite.answers(Questions(self._task, model.tokenizer), model, directory))}
+
+
+class AskedText:
+    """Held-out loss by position and by length of context, up to 8 times the training's, and weight by distance."""
+
+    def __init__(self, manifest: Manifest, context: int):
+        self._lengths = [times * context for times in LONGER]
+        self._perplexity = Perplexity(manifest, self._lengths, count=8, context=context)
+        self._distances = Distances(manifest, context)
+        self._bits = 1 / math.log(2) / manifest.split("valid").bytes_per_prediction
+        self.measures: Sequence[Measure] = [
+            Measure(
+                "text_by_context", "Text: bits per byte of a document's same last 256 bytes", "bytes of context",
+                "text_by_context", trained=context,
+            ),
+            Measure(
+                "text_by_position", "Text: bits per byte before a position in the document", "bytes",
+                "text_by_position", trained=context,
+            ),
+            *(
+                Measure(
+                    f"{memory}_weight_by_distance", f"Text: weight of one pair, {memory} memory", "bytes back",
+                    "weight_by_distance", label=memory, removal=False,
+                )
+                for memory in MEMORIES
+            ),
+        ]  # fmt: skip
+
+    def ask(self, model: RunModel, directory: pathlib.Path) -> Answers:
+        records = suite.answers(self._perplexity, model, directory)
+        whole = [record["bins"] for record in records if record["bins"] is not None]
+        distances = self._distances.by_memory(suite.answers(self._distances, model, directory))
+        return {
+            "text_by_context": {
+                length: [self._bits * record["tail"] for record in records if record["length"] == length]
+                for length in self._lengths
+            },
+            "text_by_position": {
+                stop: [self._bits * bins[place] for bins in whole]
+                for place, (_, stop) in enumerate(self._perplexity.bins())
+            },
+            **{f"{memory}_weight_by_distance": by_x for memory, by_x in distances.items()},
+        }
