@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 # The compiler for an H100 lies apart: within reach of every command, jax would look for the GPU that is not there.
 H100 := .venv/h100
 
-.PHONY: setup train test test-slow faults lint bench gpu clean
+.PHONY: setup train test test-slow faults claims claims-gpu lint bench gpu clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,17 @@ test-slow: $(STAMP) $(H100)
 # Runs that are killed, stopped, starved and spoilt, beside one that nobody disturbed; about an hour on two cores.
 faults: $(STAMP)
 	PYTHONPATH=.:tests $(BIN)/python tests/faults/run.py --kills=200 --output=docs/results
+
+# The paper's claims on tiny models: 152 trainings, one after another; tables and figures under runs/claims. Stopped, it
+# goes on. TEXT is what the text is made of, as `launch.prepare --input` takes it, with commas.
+claims: $(STAMP)
+	$(BIN)/python -m launch.claims --workdir=runs/claims $(if $(TEXT),--text=$(TEXT))
+
+# Larger models, and so few trainings that a GPU is done with them in less than half an hour; Python as for `gpu`, with
+# grain too.
+claims-gpu:
+	$(GPU_PYTHON) -m launch.claims --workdir=runs/claims_gpu --budget=gpu --seeds=2 --variants=mosaic,transformer \
+		--suite=language,classification,recall $(if $(TEXT),--text=$(TEXT))
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python -m mypy

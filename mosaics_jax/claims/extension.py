@@ -1,13 +1,15 @@
 """Trained short, then trained on with longer rows: what a few mini-batches change (the paper's figure 8)."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 from mosaics_jax.claims.episodes import TASKS
-from mosaics_jax.claims.measures import Answers, Measure
+from mosaics_jax.claims.measures import Answers, Measure, answers
 from mosaics_jax.claims.questions import Questions, accuracy
-from mosaics_jax.claims.study import Run, Study, Variant, answers_folder
+from mosaics_jax.claims.study import Run, Study, answers_folder
 from mosaics_jax.config import MeshConfig
-from mosaics_jax.evaluate import suite
+from mosaics_jax.data.corpus import Manifest
+from mosaics_jax.data.tokenizer import load_tokenizer
 from mosaics_jax.evaluate.model import RunModel
 
 _TASK = TASKS["long_facts"]
@@ -38,25 +40,27 @@ class Extension(Study):
         self.parents.prepare()
         super().prepare()
 
-    def train(self, variant: str) -> Variant:
+    def train(self, variant: str) -> tuple[Mapping[float, float], Sequence[Run]]:
         """No sweep of its own: the rate is the parent's best, less."""
-        parents = self.parents.train(variant).runs
+        _, parents = self.parents.train(variant)
         runs = [
-            Run(variant, parent.run.rate / _SLOWER, parent.run.seed, str(self.parents.folder(parent.run)))
-            for parent in parents
+            Run(variant, parent.rate / _SLOWER, parent.seed, str(self.parents.folder(parent))) for parent in parents
         ]
-        return Variant({}, [self.found(run, self.trained(run)) for run in runs])
+        for run in runs:
+            self.trained(run)
+        return {}, runs
 
     def ask(self, run: Run, long_term: bool) -> Answers:
         """By the number of mini-batches; after none of them it is the parent that answers."""
-        config = self.config(run)
-        folder = self.folder(run) / answers_folder(long_term)
+        config, folder = self.config(run), self.folder(run)
+        manifest = Manifest.load(self.workdir / "data" / _TASK.name)
+        questions = Questions(_TASK, load_tokenizer(manifest.tokenizer_directory))
         found: dict[str, dict[int, Sequence[float]]] = {_name(documents): {} for documents in _TASK.asked}
         for step in (0, *config.checkpoint.steps, config.run.steps):
-            model = RunModel(
-                self.folder(run) if step else run.init_from, MeshConfig(), step=step or None, long_term=long_term
+            load = functools.partial(
+                RunModel, folder if step else run.init_from, MeshConfig(), step=step or None, long_term=long_term
             )
-            answered = suite.answers(Questions(_TASK, model.tokenizer), model, folder / str(step))
+            answered = answers(questions, load, folder / answers_folder(long_term) / str(step))
             for documents, right in accuracy(answered).items():
                 found[_name(documents)][step] = right
         return found

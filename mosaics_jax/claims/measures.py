@@ -2,13 +2,14 @@
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from mosaics_jax.claims.distances import MEMORIES, Distances
 from mosaics_jax.claims.episodes import Task
 from mosaics_jax.claims.questions import Questions, accuracy
 from mosaics_jax.data.corpus import Manifest
+from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.evaluate import suite
 from mosaics_jax.evaluate.model import RunModel
 from mosaics_jax.evaluate.perplexity import Perplexity
@@ -17,6 +18,9 @@ LONGER = (1, 2, 4, 8)  # times the training length
 
 # What a model answered: by measure, and in it by x. A measure that a model does not have is absent.
 Answers = Mapping[str, Mapping[int, Sequence[float]]]
+
+
+Load = Callable[[], RunModel]
 
 
 class Measure(NamedTuple):
@@ -49,15 +53,21 @@ class Asked(Protocol):
 
     measures: Sequence[Measure]
 
-    def ask(self, model: RunModel, directory: pathlib.Path) -> Answers:
-        """Answers what the directory does not hold yet."""
+    def ask(self, load: Load, directory: pathlib.Path) -> Answers:
+        """Answers what the directory does not hold yet; where it holds all, the model is not loaded."""
+
+
+def answers(examples: suite.Examples, load: Load, directory: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of all examples, asked now where they were not yet."""
+    found = suite.answered(examples, directory)
+    return suite.answers(examples, load(), directory) if found is None else found
 
 
 class AskedTask:
     """Accuracy at a task."""
 
-    def __init__(self, task: Task):
-        self._task = task
+    def __init__(self, task: Task, tokenizer: Tokenizer):
+        self._questions = Questions(task, tokenizer)
         self.measures: Sequence[Measure] = [
             Measure(
                 task.name, f"{task.name}: accuracy in percent", task.axis, task.name, percent=True, chance=task.chance,
@@ -65,8 +75,8 @@ class AskedTask:
             )
         ]  # fmt: skip
 
-    def ask(self, model: RunModel, directory: pathlib.Path) -> Answers:
-        return {self._task.name: accuracy(suite.answers(Questions(self._task, model.tokenizer), model, directory))}
+    def ask(self, load: Load, directory: pathlib.Path) -> Answers:
+        return {self._questions.name: accuracy(answers(self._questions, load, directory))}
 
 
 class AskedText:
@@ -95,10 +105,10 @@ class AskedText:
             ),
         ]  # fmt: skip
 
-    def ask(self, model: RunModel, directory: pathlib.Path) -> Answers:
-        records = suite.answers(self._perplexity, model, directory)
+    def ask(self, load: Load, directory: pathlib.Path) -> Answers:
+        records = answers(self._perplexity, load, directory)
         whole = [record["bins"] for record in records if record["bins"] is not None]
-        distances = self._distances.by_memory(suite.answers(self._distances, model, directory))
+        distances = self._distances.by_memory(answers(self._distances, load, directory))
         return {
             "text_by_context": {
                 length: [self._bits * record["tail"] for record in records if record["length"] == length]

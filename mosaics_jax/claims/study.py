@@ -1,5 +1,6 @@
 """Trains every variant of a study and asks each the same; what is on disk is not done again.
 
+W/claims.json                                 the budget and the text that the workdir is of
 W/data/<corpus>                               prepared corpora, shared by all runs
 W/runs/<study>/<variant>/<rate>-seed<s>/      a run of launch.train, and its answers
 """
@@ -7,6 +8,7 @@ W/runs/<study>/<variant>/<rate>-seed<s>/      a run of launch.train, and its ans
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +21,9 @@ from mosaics_jax import goodput
 from mosaics_jax.claims.episodes import TASKS, write
 from mosaics_jax.claims.measures import Answers, Asked, AskedTask, AskedText, Measure
 from mosaics_jax.config import Config, MeshConfig
-from mosaics_jax.data.corpus import Manifest
+from mosaics_jax.data.corpus import Manifest, write_whole
 from mosaics_jax.data.prepare import prepare
+from mosaics_jax.data.tokenizer import load_tokenizer
 from mosaics_jax.evaluate.model import RunModel
 from mosaics_jax.train import train
 
@@ -94,20 +97,27 @@ class Study:
 
     @functools.cached_property
     def _asked(self) -> Sequence[Asked]:
-        corpora = recipe.STUDIES[self.name].corpora
-        asked: list[Asked] = [AskedTask(TASKS[name]) for name in corpora if name in TASKS]
-        if "text" in corpora:
-            context = self.config(Run(self.variants[0], 1.0, 0)).data.context
-            asked.append(AskedText(Manifest.load(self.workdir / "data" / "text"), context))
+        asked: list[Asked] = []
+        for name in recipe.STUDIES[self.name].corpora:
+            manifest = Manifest.load(self.workdir / "data" / name)
+            if name in TASKS:
+                asked.append(AskedTask(TASKS[name], load_tokenizer(manifest.tokenizer_directory)))
+            else:
+                asked.append(AskedText(manifest, self.config(Run(self.variants[0], 1.0, 0)).data.context))
         return asked
 
     def run(self) -> dict[str, Variant]:
         """Everything: corpora, runs, answers."""
         self.prepare()
-        return {variant: self.train(variant) for variant in self.variants}
+        found = {}
+        for variant in self.variants:
+            sweep, runs = self.train(variant)
+            found[variant] = Variant(sweep, [self._found(run) for run in runs])
+        return found
 
     def prepare(self) -> None:
-        """The corpora that the study needs and that are not there."""
+        """The corpora that the study needs and that are not there. ValueError if those there are of another command."""
+        self._claim()
         one = self.config(Run(self.variants[0], 1.0, 0))
         held_out = one.run.eval_batches * one.data.batch * one.data.context
         tokens = one.run.steps * one.data.batch * one.data.context + round(1 / _HELD_OUT) * held_out
@@ -124,13 +134,27 @@ class Study:
                 write(TASKS[name], pathlib.Path(folder) / f"{name}.jsonl", tokens, seed=0)
                 prepare([f"{folder}/{name}.jsonl"], str(target), valid_fraction=1.2 * _HELD_OUT)
 
-    def train(self, variant: str) -> Variant:
-        """A run of each rate with the first seed; then the other seeds with the best of them. Asks these and it."""
+    def _claim(self) -> None:
+        """A workdir is of one budget and one text: its corpora would be too small for another, or of something else."""
+        path, mine = self.workdir / "claims.json", {"budget": self.budget, "text": list(self.text)}
+        if not path.is_file():
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(path, (json.dumps(mine) + "\n").encode())
+        elif (there := json.loads(path.read_text())) != mine:
+            raise ValueError(
+                f"{str(self.workdir)!r} is of --budget={there['budget']} --text={','.join(there['text'])}; legal: the "
+                f"same here, or another --workdir for --budget={self.budget} --text={','.join(self.text)}"
+            )
+
+    def train(self, variant: str) -> tuple[Mapping[float, float], Sequence[Run]]:
+        """A run of each rate with the first seed; then the other seeds with the best of them. That sweep, and these."""
         rates = self.rates or recipe.RATES[self.budget]
         sweep = {rate: self.trained(Run(variant, rate, 0)) for rate in rates}
         best = min(rates, key=lambda rate: sweep[rate])
         runs = [Run(variant, best, seed) for seed in range(self.seeds)]
-        return Variant(sweep, [self.found(run, self.trained(run)) for run in runs])
+        for run in runs:
+            self.trained(run)
+        return sweep, runs
 
     def trained(self, run: Run) -> float:
         """The held-out bits per byte of a run, trained now where it is not yet."""
@@ -146,16 +170,17 @@ class Study:
             self.say(f"{self.name}: {run.variant}, rate {run.rate:g}, seed {run.seed}: {found:.3f} bits per byte")
         return found
 
-    def found(self, run: Run, bits_per_byte: float) -> Found:
+    def _found(self, run: Run) -> Found:
         both = set(self.config(run).model.memories) >= {"short", "long"}
-        return Found(run, bits_per_byte, self.ask(run, True), self.ask(run, False) if both else None)
+        return Found(run, self.trained(run), self.ask(run, True), self.ask(run, False) if both else None)
 
     def ask(self, run: Run, long_term: bool) -> Answers:
+        """What a trained run answers, asked now where it was not yet."""
         folder = self.folder(run)
-        model = RunModel(folder, MeshConfig(), long_term=long_term)
+        load = functools.cache(lambda: RunModel(folder, MeshConfig(), long_term=long_term))
         found: dict[str, Mapping[int, Sequence[float]]] = {}
         for asked in self._asked:
-            found |= asked.ask(model, folder / answers_folder(long_term))
+            found |= asked.ask(load, folder / answers_folder(long_term))
         return found
 
 

@@ -92,6 +92,13 @@ def answers(suite: Examples, model: Model, directory: pathlib.Path) -> list[dict
     return [records[key] for key in order]
 
 
+def answered(suite: Examples, directory: pathlib.Path) -> list[dict[str, Any]] | None:
+    """What `answers` would give where nothing is left to ask, which needs no model; None where something is."""
+    records = read_records(directory / f"{suite.name}.jsonl")
+    keys = [example.key for example in suite.examples()] if records else []
+    return [records[key] for key in keys] if keys and records.keys() >= set(keys) else None
+
+
 def row(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """The token ids of a text that begins a document."""
     return np.array([tokenizer.begin, *tokenizer.encode(text)], np.int32)

@@ -1,6 +1,9 @@
 """Questions are scored as they must be; a study trains and asks once, and is refused in one line."""
 
+import dataclasses
+import json
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 from oracles import TOKENIZER, Scripted
 
-from mosaics_jax.claims import study
+from mosaics_jax.claims import extension, study, tables
 from mosaics_jax.claims.episodes import TASKS
 from mosaics_jax.claims.questions import Questions, accuracy
 from mosaics_jax.evaluate import suite
@@ -47,18 +50,20 @@ def test_scores_of_scripted_models(name: str) -> None:
         assert {value for values in found.values() for value in values} == {score}
 
 
+SMALL = {
+    "run.steps": 6, "run.eval_every": 6, "run.eval_batches": 4, "optimizer.warmup_steps": 1, "model.width": 32,
+    "model.ffn_width": 64, "data.batch": 2, "checkpoint.steps": (1, 2),
+}  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_study_trains_and_asks_once(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    small = {
-        "run.steps": 6, "run.eval_every": 6, "run.eval_batches": 1, "optimizer.warmup_steps": 1, "model.width": 32,
-        "model.ffn_width": 64, "data.batch": 2,
-    }  # fmt: skip
     one = study.Study(
-        "recall", tmp_path, seeds=2, variants=("mosaic", "transformer"), rates=(1e-3, 1e-2), changes=small,
+        "recall_one_layer", tmp_path, seeds=2, variants=("mosaic", "transformer"), rates=(1e-3, 1e-2), changes=SMALL,
         say=said.append,
     )  # fmt: skip
-    made = one.run()
+    made = tables.make(one, one.run())
     assert sum("bits per byte" in line for line in said) == 2 * (2 + 1)  # a run a rate, and the other seed at the best
     sizes, whole, removed = made.tables
     assert [row[0] for row in sizes.rows] == [row[0] for row in whole.rows] == ["mosaic", "transformer"]
@@ -68,8 +73,45 @@ def test_a_study_trains_and_asks_once(tmp_path: pathlib.Path, monkeypatch: pytes
 
     monkeypatch.setattr(study, "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(Questions, "answer", lambda *_: pytest.fail("asked again"))
-    again = one.run()
-    assert again.tables == made.tables
+    assert tables.make(one, one.run()).tables == made.tables
+
+
+def test_a_workdir_is_of_one_budget_and_text(tmp_path: pathlib.Path) -> None:
+    one = study.Study("recall", tmp_path, changes=SMALL, say=lambda _: None)
+    one.prepare()
+    one.prepare()
+    for change in ({"budget": "gpu"}, {"text": ("books.jsonl",)}):
+        with pytest.raises(ValueError, match=r"is of --budget=cpu --text=python; legal: the same here, or another"):
+            dataclasses.replace(one, **change).prepare()
+
+
+@pytest.mark.slow
+def test_an_extension_goes_on_from_what_was_trained_short(tmp_path: pathlib.Path) -> None:
+    """After no mini-batch it answers what its parent does; text is read at eight times the training length."""
+    draw = random.Random(0)
+    with open(tmp_path / "text.jsonl", "w", encoding="ascii") as file:
+        for _ in range(60):
+            file.write(json.dumps({"text": "".join(draw.choices("abcdefgh \n", k=4200))}) + "\n")
+    said: list[str] = []
+    one = extension.Extension(
+        "extension", tmp_path, seeds=1, variants=("mosaic",), rates=(1e-2,), changes=SMALL, say=said.append,
+        text=(str(tmp_path / "text.jsonl"),),
+    )  # fmt: skip
+    (trained,) = one.run().values()
+    answers = trained.runs[0].whole
+    assert [set(by_step) for by_step in answers.values()] == [{0, 1, 2, 6}] * len(TASKS["long_facts"].asked)
+    assert (tmp_path / "runs/extension/mosaic/0.001-seed0/answers/0/long_facts.jsonl").is_file()
+    run = json.loads((tmp_path / "runs/extension/mosaic/0.001-seed0/config.json").read_text())["config"]
+    assert run["init_from"] == str(tmp_path / "runs/language/mosaic/0.01-seed0")
+
+    parents = one.parents
+    made = tables.make(parents, parents.run())
+    assert {figure.name for figure in made.figures} == {
+        "facts", "text_by_context", "text_by_position", "weight_by_distance",
+    }  # fmt: skip
+    by_context = next(table for table in made.tables if "same last" in table.title)
+    assert by_context.columns[1:] == [f"{512 * times:,} bytes of context" for times in (1, 2, 4, 8)]
+    assert sum("bits per byte" in line for line in said) == 2
 
 
 @pytest.mark.parametrize(
@@ -78,7 +120,7 @@ def test_a_study_trains_and_asks_once(tmp_path: pathlib.Path, monkeypatch: pytes
         ([], "error: --workdir is not set; legal: a directory"),
         (
             ["--workdir=w", "--suite=recal"],
-            "error: --suite has 'recal'; legal: language, facts",
+            "error: --suite has 'recal'; legal: language, classification",
         ),
         (["--workdir=w", "--variants=v1"], "error: --variants has 'v1'; legal: mosaic, transformer"),
         (["--workdir=w", "--variants="], "error: --variants is empty; legal: one or more of mosaic"),
