@@ -17,6 +17,7 @@ _SUITE = flags.DEFINE_list("suite", list(STUDIES), "studies, each a training of 
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), "which models")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each variant at its best learning rate")
 _BUDGET = flags.DEFINE_enum("budget", "cpu", list(RATES), "size of the models")
+_TIMES = flags.DEFINE_integer("times", 1, "how many times the recipe's steps each run has; 1 is what is compared")
 _TEXT = flags.DEFINE_list("text", ["python"], "what the corpus of text is made of, as launch.prepare --input takes it")
 
 
@@ -30,6 +31,8 @@ def main() -> None:
             raise ValueError(f"--{name} is empty; legal: one or more of {', '.join(known)}")
     if _SEEDS.value < 1:
         raise ValueError(f"--seeds is {_SEEDS.value}; legal: 1 or more")
+    if not 1 <= _TIMES.value < 1000:
+        raise ValueError(f"--times is {_TIMES.value}; legal: 1 to 999")
     # After the flags: a typo is answered before JAX loads.
     from mosaics_jax.claims import tables
     from mosaics_jax.claims.extension import Extension
@@ -43,7 +46,9 @@ def main() -> None:
     }
     for name in _SUITE.value:
         kind = Extension if name == "extension" else Study
-        study = kind(name, workdir, _BUDGET.value, _SEEDS.value, tuple(_VARIANTS.value), text=tuple(_TEXT.value))
+        study = kind(
+            name, workdir, _BUDGET.value, _SEEDS.value, tuple(_VARIANTS.value), (), tuple(_TEXT.value), _TIMES.value
+        )
         found = tables.make(study, study.run())
         report.save(found, workdir, name, about)
         print(report.markdown(found, name, about), flush=True)

@@ -22,8 +22,8 @@ class Extension(Study):
     @property
     def parents(self) -> Study:
         return Study(
-            "language", self.workdir, self.budget, self.seeds, self.variants, self.rates, self.text, self.changes,
-            self.say,
+            "language", self.workdir, self.budget, self.seeds, self.variants, self.rates, self.text, self.times,
+            self.changes, self.say,
         )  # fmt: skip
 
     @property

@@ -1,6 +1,6 @@
 """Trains every variant of a study and asks each the same; what is on disk is not done again.
 
-W/claims.json                                 the budget and the text that the workdir is of
+W/claims.json                                 the size and the text that the workdir is of
 W/data/<corpus>                               prepared corpora, shared by all runs
 W/runs/<study>/<variant>/<rate>-seed<s>/      a run of launch.train, and its answers
 """
@@ -64,23 +64,32 @@ class Variant(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """One study in one workdir. `text` is what the corpus of text is made of, as `launch.prepare --input` takes it."""
+    """One study in one workdir.
+
+    Attributes:
+      rates: the learning rates tried; empty: the budget's.
+      text: what the corpus of text is made of, as `launch.prepare --input` takes it.
+      times: how many times the recipe's steps every run has.
+      changes: "section.field" and its value, in the config of every run.
+    """
 
     name: str
     workdir: pathlib.Path
     budget: str = "cpu"
     seeds: int = 3
     variants: Sequence[str] = tuple(recipe.VARIANTS)
-    rates: Sequence[float] = ()  # empty: the budget's
+    rates: Sequence[float] = ()
     text: Sequence[str] = ("python",)
-    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # "section.field": value, of every run
+    times: int = 1
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     say: Callable[[str], None] = print
 
     def config(self, run: Run) -> Config:
         values = recipe.get_config(f"{self.budget},{self.name},{run.variant}").to_dict()
+        steps = self.times * values["run"]["steps"]
         changes = {
             "data.path": str(self.workdir / "data"), "data.seed": run.seed, "run.seed": run.seed,
-            "optimizer.peak_learning_rate": run.rate,
+            "optimizer.peak_learning_rate": run.rate, "run.steps": steps, "run.eval_every": steps,
         }  # fmt: skip
         for name, value in (changes | dict(self.changes)).items():
             section, field = name.split(".")
@@ -135,15 +144,16 @@ class Study:
                 prepare([f"{folder}/{name}.jsonl"], str(target), valid_fraction=1.2 * _HELD_OUT)
 
     def _claim(self) -> None:
-        """A workdir is of one budget and one text: its corpora would be too small for another, or of something else."""
-        path, mine = self.workdir / "claims.json", {"budget": self.budget, "text": list(self.text)}
+        """A workdir is of one size and one text: its corpora would be too small for another, or of something else."""
+        mine = {"budget": self.budget, "times": str(self.times), "text": ",".join(self.text)}
+        path = self.workdir / "claims.json"
         if not path.is_file():
             self.workdir.mkdir(parents=True, exist_ok=True)
             write_whole(path, (json.dumps(mine) + "\n").encode())
         elif (there := json.loads(path.read_text())) != mine:
+            is_of, asked = (" ".join(f"--{name}={of[name]}" for name in mine) for of in (there, mine))
             raise ValueError(
-                f"{str(self.workdir)!r} is of --budget={there['budget']} --text={','.join(there['text'])}; legal: the "
-                f"same here, or another --workdir for --budget={self.budget} --text={','.join(self.text)}"
+                f"{str(self.workdir)!r} is of {is_of}; legal: the same here, or another --workdir for {asked}"
             )
 
     def train(self, variant: str) -> tuple[Mapping[float, float], Sequence[Run]]:

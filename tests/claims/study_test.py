@@ -76,12 +76,12 @@ def test_a_study_trains_and_asks_once(tmp_path: pathlib.Path, monkeypatch: pytes
     assert tables.make(one, one.run()).tables == made.tables
 
 
-def test_a_workdir_is_of_one_budget_and_text(tmp_path: pathlib.Path) -> None:
+def test_a_workdir_is_of_one_size_and_text(tmp_path: pathlib.Path) -> None:
     one = study.Study("recall", tmp_path, changes=SMALL, say=lambda _: None)
     one.prepare()
     one.prepare()
-    for change in ({"budget": "gpu"}, {"text": ("books.jsonl",)}):
-        with pytest.raises(ValueError, match=r"is of --budget=cpu --text=python; legal: the same here, or another"):
+    for change in ({"budget": "gpu"}, {"text": ("books.jsonl",)}, {"times": 2}):
+        with pytest.raises(ValueError, match="is of --budget=cpu --times=1 --text=python; legal: the same here, or"):
             dataclasses.replace(one, **change).prepare()
 
 
@@ -124,6 +124,7 @@ def test_an_extension_goes_on_from_what_was_trained_short(tmp_path: pathlib.Path
         ),
         (["--workdir=w", "--variants=v1"], "error: --variants has 'v1'; legal: mosaic, transformer"),
         (["--workdir=w", "--variants="], "error: --variants is empty; legal: one or more of mosaic"),
+        (["--workdir=w", "--times=0"], "error: --times is 0; legal: 1 to 999"),
         (["--workdir=w", "--seeds=0"], "error: --seeds is 0; legal: 1 or more"),
         (["--workdir=w", "--budget=tpu"], "error: flag --budget=tpu: value should be one of <cpu|gpu>"),
     ],
