@@ -33,6 +33,7 @@ class Task(Protocol):
       chance: the share of answers that guessing gets right.
       trained: the greatest x of training.
       asked: the x of the questions, beyond `trained` too.
+      episodes: how many are asked at each.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task(Protocol):
     chance: float
     trained: int
     asked: Sequence[int]
+    episodes: int
 
     def training(self, draw: random.Random) -> Episode:
         """One of the training distribution."""
@@ -59,6 +61,7 @@ class Recall:
     chance = 1 / 30
     trained = 16
     asked: Sequence[int] = (2, 4, 8, 16, 24, 32, 48)
+    episodes = 16
     _KEYS = string.ascii_letters
     _VALUES = string.digits + "!#$%&*+-/:;<=>?@^_~|"
 
@@ -85,6 +88,7 @@ class Classification:
     chance = 1 / 4
     trained = 8
     asked: Sequence[int] = (32,)
+    episodes = 64
     scored: Sequence[int] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     classes = 4
     _LETTERS = "abcdefghijklmnop"
@@ -116,6 +120,7 @@ class Facts:
 
     axis = "documents"
     chance = 1 / 16
+    episodes = 16
     _VALUES: ClassVar = {
         "colour": [
             "amber", "azure", "beige", "black", "brown", "coral", "ebony", "green", "ivory",

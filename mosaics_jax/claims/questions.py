@@ -15,17 +15,17 @@ from mosaics_jax.evaluate.model import Model
 
 
 class Questions:
-    """`count` episodes at each x of the task, the same for every model."""
+    """Episodes at each x of the task, the same for every model."""
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, *, count: int = 16, seed: int = 1):
-        self.name, self._task, self._tokenizer, self._count, self._seed = task.name, task, tokenizer, count, seed
+    def __init__(self, task: Task, tokenizer: Tokenizer, *, seed: int = 1):
+        self.name, self._task, self._tokenizer, self._seed = task.name, task, tokenizer, seed
 
     def __len__(self) -> int:
-        return self._count * len(self._task.asked)
+        return self._task.episodes * len(self._task.asked)
 
     def examples(self) -> Iterator[suite.Example]:
         for x in self._task.asked:
-            for number in range(self._count):
+            for number in range(self._task.episodes):
                 episode = self._task.question(random.Random(f"question {self._seed} {x} {number}"), x)
                 ids = suite.row(self._tokenizer, episode.text)
                 assert len(ids) == 1 + len(episode.text), "a token is a character"

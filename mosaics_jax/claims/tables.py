@@ -10,6 +10,7 @@ from mosaics_jax.evaluate import report
 from mosaics_jax.nn.model import parameter_count
 
 _MAIN = "mosaic"  # drawn thicker
+_STYLES = (":", "-", "--")  # of the measures that share a figure
 
 
 def make(study: Study, found: Mapping[str, Variant]) -> report.Report:
@@ -38,20 +39,20 @@ def _tables(measure: Measure, found: Mapping[str, Variant]) -> Iterator[report.T
 
 def _figure(name: str, measures: Sequence[Measure], found: Mapping[str, Variant]) -> report.Figure:
     series = []
-    for measure in measures:
-        for variant, trained in found.items():
+    for measure, style in zip(measures, _STYLES if len(measures) > 1 else ("-",), strict=True):
+        for colour, (variant, trained) in enumerate(found.items()):
             if by_x := _by_seed(measure, [one.whole for one in trained.runs]):
                 label = f"{variant}, {measure.label}" if measure.label else variant
-                series.append(report.curve(label, list(by_x), list(by_x.values())) | {"main": variant == _MAIN})
+                how = {"main": variant == _MAIN, "colour": colour, "style": style}
+                series.append(report.curve(label, list(by_x), list(by_x.values())) | how)
     first = measures[0]
     more: dict[str, Any] = {"log_x": 0 not in series[0]["x"], "log_y": not first.percent and not first.trained}
     if first.chance:
         more["levels"] = {"chance": first.chance}
     if first.trained:
         more["marks"] = {str(first.trained): "trained"}
-    title = first.title.split(":")[0] if len(measures) > 1 else first.title
     unit = "accuracy" if first.percent else "weight of a pair" if not first.trained else "bits per byte"
-    return report.Figure(name, report.lines(title, first.axis, unit, series, **more))
+    return report.Figure(name, report.lines(name.replace("_", " "), first.axis, unit, series, **more))
 
 
 def _by_seed(measure: Measure, answers: Sequence[Answers | None]) -> dict[int, list[float]]:

@@ -8,6 +8,7 @@ from typing import Any
 from mosaics_jax.data.corpus import write_whole
 
 _COLOURS = ("#1f5aa6", "#c8442f", "#3d8b4f", "#8a5aa8", "#b8862b", "#4a9aa5", "#7d7d7d", "#d07aa2")
+_MOST_INSIDE = 5  # curves of which the legend stands among them
 
 
 def draw(data: Mapping[str, Any], path: pathlib.Path, other: Mapping[str, Any] | None = None) -> None:
@@ -19,8 +20,13 @@ def draw(data: Mapping[str, Any], path: pathlib.Path, other: Mapping[str, Any] |
 
     both = [data] if other is None else [data, other]
     if data["kind"] == "lines":
-        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        many = sum(len(one["series"]) for one in both) > _MOST_INSIDE
+        figure, axes = plt.subplots(figsize=(8.4 if many else 6.4, 4), layout="constrained")
         _draw_lines(axes, both)
+        if many:
+            figure.legend(fontsize=8, loc="outside right upper")
+        else:
+            axes.legend(fontsize=8)
     else:
         figure, panels = plt.subplots(1, len(both), figsize=(6.4 * len(both), 3.6), layout="constrained", squeeze=False)
         for axes, one in zip(panels[0], both, strict=True):
@@ -35,9 +41,10 @@ def _draw_lines(axes: Any, both: list[Mapping[str, Any]]) -> None:
     for number, data in enumerate(both):
         for place, series in enumerate(data["series"]):
             name = f"{series['label']} ({data['model']})" if "model" in data else series["label"]
+            colour = _COLOURS[series.get("colour", place) % len(_COLOURS)]
             axes.errorbar(
-                series["x"], series["y"], series.get("error"), label=name, color=_COLOURS[place % len(_COLOURS)],
-                linestyle="--" if number else "-", linewidth=2.4 if series.get("main") else 1.2,
+                series["x"], series["y"], series.get("error"), label=name, color=colour,
+                linestyle="--" if number else series.get("style", "-"), linewidth=2.4 if series.get("main") else 1.2,
                 marker="o", markersize=3, capsize=2,
             )  # fmt: skip
     data = both[0]
@@ -52,7 +59,6 @@ def _draw_lines(axes: Any, both: list[Mapping[str, Any]]) -> None:
     for label, level in data.get("levels", {}).items():
         axes.axhline(level, color="#999999", linewidth=1, linestyle=":", label=label)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
 
 
 def _draw_heatmap(figure: Any, axes: Any, data: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ class Report(NamedTuple):
 def lines(title: str, x: str, y: str, series: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
     """The data of curves: each series has a label, x, y and, where known, error (one standard error).
 
-    A series that is `main` is drawn thicker.
+    A series that is `main` is drawn thicker; it may have a `colour` (a number, else its place) and a `style` of line.
     """
     return {"kind": "lines", "title": title, "x": x, "y": y, "series": list(series), **more}
 

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _answered(name: str, loss) -> dict[int, list[float]]:
-    questions = Questions(TASKS[name], TOKENIZER, count=3)
+    questions = Questions(TASKS[name], TOKENIZER)
     examples = list(questions.examples())
     assert len(examples) == len(questions) == len({example.key for example in examples})
     records = []

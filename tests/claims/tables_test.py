@@ -18,7 +18,8 @@ def _found(variant: str, right: list[list[float]], removed: list[list[float]] | 
 
 
 def test_means_over_seeds_with_their_standard_error(tmp_path: pathlib.Path) -> None:
-    study = Study("recall", tmp_path, seeds=2, variants=("mosaic", "transformer"))
+    study = Study("recall", tmp_path, seeds=2, variants=("mosaic", "transformer"), say=lambda _: None)
+    study.prepare()
     found = {
         "mosaic": _found("mosaic", [[1, 1], [1, 0]], [[0, 0], [0, 1]]),
         "transformer": _found("transformer", [[0, 0], [0, 0]], None),
