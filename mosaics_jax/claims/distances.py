@@ -4,8 +4,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from mosaics_jax import visibility
+from mosaics_jax.config import ModelConfig
 from mosaics_jax.data.corpus import Manifest, document_ends
 from mosaics_jax.data.source import Tokens
 from mosaics_jax.evaluate import suite
@@ -63,6 +66,24 @@ class Distances:
             }
             for memory in records[0]
         }
+
+    def uniform(self, memory: str, config: ModelConfig) -> dict[int, list[float]]:
+        """What `by_memory` would have of reads that weigh alike all that the memory (a mosaic's, or the whole) shows."""
+        start_1T = jnp.zeros((1, self._length), jnp.int32)
+        first_1T, stop_1T = {
+            "short": visibility.short_term(start_1T, config.window),
+            "long": visibility.long_term(start_1T, config.delay_min),
+            "full": visibility.causal(start_1T),
+        }[memory]
+        stored_S = np.arange(self._length)
+        visible_TS = (stored_S >= np.asarray(first_1T).T) & (stored_S < np.asarray(stop_1T).T)
+        share_TS = visible_TS / np.maximum(visible_TS.sum(1, keepdims=True), 1)
+        found = {}
+        for first, stop in self._bins:
+            of_N = [share_TS.diagonal(-n)[visible_TS.diagonal(-n)] for n in range(first, stop)]
+            if first > 0 and any(of_T.size for of_T in of_N):
+                found[first] = [float(np.mean([of_T.mean() for of_T in of_N if of_T.size]))]
+        return found
 
 
 def _mean(weight_N: np.ndarray) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from mosaics_jax.claims.distances import MEMORIES, Distances
 from mosaics_jax.claims.episodes import Task
 from mosaics_jax.claims.questions import Questions, accuracy
+from mosaics_jax.config import Config
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.evaluate import suite
@@ -35,6 +36,7 @@ class Measure(NamedTuple):
       chance: the share that guessing gets right.
       trained: the greatest x of training.
       removal: whether a table shows it without the long-term memory too.
+      uniform: what it would be of reads that weigh all alike.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Measure(NamedTuple):
     chance: float | None = None
     trained: int | None = None
     removal: bool = True
+    uniform: Mapping[int, Sequence[float]] = {}
 
 
 class Asked(Protocol):
@@ -82,7 +85,9 @@ class AskedTask:
 class AskedText:
     """Held-out loss by position and by length of context, up to 8 times the training's, and weight by distance."""
 
-    def __init__(self, manifest: Manifest, context: int):
+    def __init__(self, manifest: Manifest, config: Config):
+        """`config` is of one of the variants, which all have the same context, window and delay at inference."""
+        context = config.data.context
         self._lengths = [times * context for times in LONGER]
         self._perplexity = Perplexity(manifest, self._lengths, count=8, context=context)
         self._distances = Distances(manifest, context)
@@ -100,6 +105,7 @@ class AskedText:
                 Measure(
                     f"{memory}_weight_by_distance", f"Text: weight of one pair, {memory} memory", "bytes back",
                     "weight_by_distance", label=memory, removal=False,
+                    uniform=self._distances.uniform(memory, config.model),
                 )
                 for memory in MEMORIES
             ),

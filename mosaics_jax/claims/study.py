@@ -112,7 +112,7 @@ class Study:
             if name in TASKS:
                 asked.append(AskedTask(TASKS[name], load_tokenizer(manifest.tokenizer_directory)))
             else:
-                asked.append(AskedText(manifest, self.config(Run(self.variants[0], 1.0, 0)).data.context))
+                asked.append(AskedText(manifest, self.config(Run(self.variants[0], 1.0, 0))))
         return asked
 
     def run(self) -> dict[str, Variant]:

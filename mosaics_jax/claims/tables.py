@@ -10,6 +10,7 @@ from mosaics_jax.evaluate import report
 from mosaics_jax.nn.model import parameter_count
 
 _MAIN = "mosaic"  # drawn thicker
+_UNIFORM = "uniform"  # reads that weigh all alike
 _STYLES = (":", "-", "--")  # of the measures that share a figure
 
 
@@ -33,6 +34,8 @@ def _tables(measure: Measure, found: Mapping[str, Variant]) -> Iterator[report.T
             if by_x:
                 rows.append([variant, *(spread(values, measure.percent) for values in by_x.values())])
                 columns = ["variant", *(f"{x:,} {measure.axis}" for x in by_x)]
+        if rows and measure.uniform:
+            rows.append([_UNIFORM, *(spread(values, measure.percent) for values in measure.uniform.values())])
         if rows:
             yield report.Table(measure.title + what, columns, rows)
 
@@ -45,6 +48,9 @@ def _figure(name: str, measures: Sequence[Measure], found: Mapping[str, Variant]
                 label = f"{variant}, {measure.label}" if measure.label else variant
                 how = {"main": variant == _MAIN, "colour": colour, "style": style}
                 series.append(report.curve(label, list(by_x), list(by_x.values())) | how)
+        if measure.uniform:
+            one = report.curve(f"{_UNIFORM}, {measure.label}", list(measure.uniform), list(measure.uniform.values()))
+            series.append(one | {"colour": len(found), "style": style})
     first = measures[0]
     more: dict[str, Any] = {"log_x": 0 not in series[0]["x"], "log_y": not first.percent and not first.trained}
     if first.chance:

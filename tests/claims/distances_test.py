@@ -28,3 +28,16 @@ def test_bins_hold_the_mean_weight_and_nothing_that_no_read_sees(tmp_path: pathl
         for first, weights in by_distance.items():
             if first < 4:  # a bin of one distance
                 np.testing.assert_allclose(weights[0], weight_N[first], rtol=1e-6)
+
+
+def test_uniform_reads_share_alike(tmp_path: pathlib.Path) -> None:
+    """A window that is full has 1/(h-1) a pair; the pair before of the whole memory's t-th read has 1/t."""
+    helpers.make_corpus(tmp_path)
+    distances = Distances(Manifest.load(tmp_path / "corpus"), 48, count=1)
+    config = helpers.tiny_config(tmp_path / "corpus").model
+    short = distances.uniform("short", config)
+    assert max(short) < config.window
+    assert all(value >= 1 / (config.window - 1) for values in short.values() for value in values)
+    long = distances.uniform("long", config)
+    assert min(long) >= config.delay_min - 1
+    np.testing.assert_allclose(distances.uniform("full", config)[1], [np.mean(1 / np.arange(2, 49))], rtol=1e-6)
