@@ -68,7 +68,7 @@ class Distances:
         }
 
     def uniform(self, memory: str, config: ModelConfig) -> dict[int, list[float]]:
-        """What `by_memory` would have of reads that weigh alike all that the memory (a mosaic's, or the whole) shows."""
+        """What `by_memory` would have of reads that weigh alike all that the memory shows them."""
         start_1T = jnp.zeros((1, self._length), jnp.int32)
         first_1T, stop_1T = {
             "short": visibility.short_term(start_1T, config.window),
