@@ -19,7 +19,9 @@ def make(study: Study, found: Mapping[str, Variant]) -> report.Report:
     tables = [_trained(study, found)]
     by_figure: dict[str, list[Measure]] = {}
     for measure in study.measures:
-        by_figure.setdefault(measure.figure, []).append(measure)
+        # Reports of all studies lie in one folder.
+        mine = measure.figure.startswith(study.name)
+        by_figure.setdefault(measure.figure if mine else f"{study.name}_{measure.figure}", []).append(measure)
         tables += _tables(measure, found)
     return report.Report(tables, [_figure(name, measures, found) for name, measures in by_figure.items()])
 

@@ -107,7 +107,7 @@ def test_an_extension_goes_on_from_what_was_trained_short(tmp_path: pathlib.Path
     parents = one.parents
     made = tables.make(parents, parents.run())
     assert {figure.name for figure in made.figures} == {
-        "facts", "text_by_context", "text_by_position", "weight_by_distance",
+        "language_facts", "language_text_by_context", "language_text_by_position", "language_weight_by_distance",
     }  # fmt: skip
     by_context = next(table for table in made.tables if "same last" in table.title)
     assert by_context.columns[1:] == [f"{512 * times:,} bytes of context" for times in (1, 2, 4, 8)]

@@ -33,6 +33,7 @@ def test_means_over_seeds_with_their_standard_error(tmp_path: pathlib.Path) -> N
     assert (row["bits per byte at rate 0.002"], row["bits per byte at rate 0.006"], row["best rate"]) == (4, 5, "0.002")
     assert row["tokens"] == 300 * 4 * 512
     (figure,) = made.figures
+    assert figure.name == "recall"
     assert [(one["label"], one["x"], one["y"], one["error"]) for one in figure.data["series"]] == [
         ("mosaic", [2], [0.75], [0.25]),
         ("transformer", [2], [0.0], [0.0]),
