@@ -3,6 +3,7 @@
 python -m launch.claims --workdir=runs/claims --suite=recall,classification --seeds=3
 """
 
+import json
 import pathlib
 import shlex
 import sys
@@ -37,6 +38,7 @@ def main() -> None:
     from mosaics_jax.claims import tables
     from mosaics_jax.claims.extension import Extension
     from mosaics_jax.claims.study import Study
+    from mosaics_jax.data.corpus import write_whole
     from mosaics_jax.evaluate import report
 
     workdir = pathlib.Path(_WORKDIR.value)
@@ -49,9 +51,11 @@ def main() -> None:
         study = kind(
             name, workdir, _BUDGET.value, _SEEDS.value, tuple(_VARIANTS.value), (), tuple(_TEXT.value), _TIMES.value
         )
-        found = tables.make(study, study.run())
-        report.save(found, workdir, name, about)
-        print(report.markdown(found, name, about), flush=True)
+        found = study.run()
+        made = tables.make(study, found)
+        report.save(made, workdir, name, about)
+        write_whole(workdir / f"{name}_runs.json", (json.dumps(tables.raw(found), indent=1) + "\n").encode())
+        print(report.markdown(made, name, about), flush=True)
 
 
 if __name__ == "__main__":

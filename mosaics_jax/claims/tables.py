@@ -26,6 +26,29 @@ def make(study: Study, found: Mapping[str, Variant]) -> report.Report:
     return report.Report(tables, [_figure(name, measures, found) for name, measures in by_figure.items()])
 
 
+def raw(found: Mapping[str, Variant]) -> list[dict[str, Any]]:
+    """Every run by itself, as JSON: what the means and spreads of the report are made of."""
+
+    def means(answers: Answers | None) -> dict[str, dict[int, float]] | None:
+        if answers is None:
+            return None
+        return {name: {x: report.mean(values) for x, values in by_x.items()} for name, by_x in answers.items()}
+
+    return [
+        {
+            "variant": variant, "bits_per_byte_by_rate": trained.sweep,
+            "runs": [
+                {
+                    "rate": one.run.rate, "seed": one.run.seed, "bits_per_byte": one.bits_per_byte,
+                    "answers": means(one.whole), "without_long_term": means(one.removed),
+                }
+                for one in trained.runs
+            ],
+        }
+        for variant, trained in found.items()
+    ]  # fmt: skip
+
+
 def _tables(measure: Measure, found: Mapping[str, Variant]) -> Iterator[report.Table]:
     for what, of in (("", lambda one: one.whole), (", long-term memory removed", lambda one: one.removed)):
         if what and not measure.removal:

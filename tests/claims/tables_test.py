@@ -40,6 +40,11 @@ def test_means_over_seeds_with_their_standard_error(tmp_path: pathlib.Path) -> N
     ]
     assert figure.data["levels"] == {"chance": 1 / 30}
 
+    first, second = tables.raw(found)
+    assert (first["variant"], first["bits_per_byte_by_rate"]) == ("mosaic", {2e-3: 4.0, 6e-3: 5.0})
+    assert [run["answers"] for run in first["runs"]] == [{"recall": {2: 1.0}}, {"recall": {2: 0.5}}]
+    assert [run["without_long_term"] for run in second["runs"]] == [None, None]
+
 
 @pytest.mark.parametrize(
     ("values", "percent", "said"),
