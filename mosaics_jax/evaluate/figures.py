@@ -7,7 +7,7 @@ from typing import Any
 
 from mosaics_jax.data.corpus import write_whole
 
-_COLOURS = ("#1f5aa6", "#c8442f", "#3d8b4f", "#8a5aa8", "#b8862b", "#4a9aa5", "#7d7d7d", "#d07aa2")
+_COLOURS = ("#1f5aa6", "#c8442f", "#3d8b4f", "#8a5aa8", "#b8862b", "#4a9aa5", "#7d7d7d", "#d07aa2", "#222222")
 _MOST_INSIDE = 5  # curves of which the legend stands among them
 
 
