@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from oracles import TOKENIZER, Scripted
 
-from mosaics_jax.claims import extension, study, tables
+from mosaics_jax.claims import episodes, extension, study, tables
 from mosaics_jax.claims.episodes import TASKS
 from mosaics_jax.claims.questions import Questions, accuracy
 from mosaics_jax.evaluate import suite
@@ -86,8 +86,11 @@ def test_a_workdir_is_of_one_size_and_text(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_extension_goes_on_from_what_was_trained_short(tmp_path: pathlib.Path) -> None:
+def test_an_extension_goes_on_from_what_was_trained_short(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After no mini-batch it answers what its parent does; text is read at eight times the training length."""
+    monkeypatch.setattr(episodes.Facts, "episodes", 2)
     draw = random.Random(0)
     with open(tmp_path / "text.jsonl", "w", encoding="ascii") as file:
         for _ in range(60):
