@@ -32,6 +32,7 @@ STUDIES: Mapping[str, Recipe] = {
     "recall_one_layer": Recipe({"recall": 1.0}, 300, {"layers": 1}),
     "extension": Recipe({"long_facts": 0.5, "text": 0.5}, 16),  # goes on from the models of language, with longer rows
 }
+SLOWER = 10  # an extension's learning rate is this much below the one that its model was trained at
 # What differs from Memory Mosaics v2, as a value or made of the mosaic's; the widths are the same in all but the last.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "mosaic": {},
@@ -74,7 +75,7 @@ def get_config(which: str = "cpu,recall,mosaic") -> ml_collections.ConfigDict:
     config.checkpoint.update(every=1000, keep=1)
     if study == "extension":
         config.data.update(context=4 * config.data.context)
-        config.optimizer.update(peak_learning_rate=RATES[budget][0] / 10, warmup_steps=0)
+        config.optimizer.update(peak_learning_rate=RATES[budget][0] / SLOWER, warmup_steps=0)
         config.run.update(log_every=1)
         config.checkpoint.steps = tuple(2**power for power in range(8) if 2**power < steps)
     config.data.path, config.data.mixture = "runs/claims/data", ml_collections.ConfigDict(dict(recipe.corpora))

@@ -9,10 +9,11 @@ import numpy as np
 
 from mosaics_jax import visibility
 from mosaics_jax.config import ModelConfig
-from mosaics_jax.data.corpus import Manifest, document_ends
+from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.source import Tokens
 from mosaics_jax.evaluate import suite
 from mosaics_jax.evaluate.model import Model, RunModel
+from mosaics_jax.evaluate.perplexity import long_documents
 from mosaics_jax.explore import look, weight_by_distance
 from mosaics_jax.nn.model import LanguageModel
 
@@ -28,10 +29,7 @@ class Distances:
     def __init__(self, manifest: Manifest, length: int, *, count: int = 8, seed: int = 0):
         """`count` held-out documents of at least `length` tokens, in the order of a permutation by seed."""
         self._tokens, self._length = Tokens(manifest, "valid"), length
-        ends = document_ends(manifest, "valid")
-        starts = np.concatenate([[0], ends[:-1]])
-        long = np.flatnonzero(ends - starts >= length)
-        self._starts = [int(starts[i]) for i in np.random.default_rng(seed).permutation(long)[:count]]
+        self._starts = long_documents(manifest, length, count, seed)
         edges = [edge for edge in _EDGES if edge < length]
         self._bins = list(itertools.pairwise([*edges, length]))
 

@@ -21,6 +21,7 @@ LONGER = (1, 2, 4, 8)  # times the training length
 Answers = Mapping[str, Mapping[int, Sequence[float]]]
 
 
+ACCURACY, BITS, WEIGHT = "accuracy", "bits per byte", "weight of a pair"
 Load = Callable[[], RunModel]
 
 
@@ -31,7 +32,7 @@ class Measure(NamedTuple):
       title: of the table, with the unit.
       axis: what x counts.
       figure: the figure that its curves stand in; several measures may share one.
-      percent: values are shares, shown in percent.
+      unit: ACCURACY, a share that tables show in percent, BITS or WEIGHT.
       label: what a curve is called after the variant's name.
       chance: the share that guessing gets right.
       trained: the greatest x of training.
@@ -43,7 +44,7 @@ class Measure(NamedTuple):
     title: str
     axis: str
     figure: str
-    percent: bool = False
+    unit: str
     label: str = ""
     chance: float | None = None
     trained: int | None = None
@@ -73,7 +74,7 @@ class AskedTask:
         self._questions = Questions(task, tokenizer)
         self.measures: Sequence[Measure] = [
             Measure(
-                task.name, f"{task.name}: accuracy in percent", task.axis, task.name, percent=True, chance=task.chance,
+                task.name, f"{task.name}: accuracy in percent", task.axis, task.name, ACCURACY, chance=task.chance,
                 trained=task.trained,
             )
         ]  # fmt: skip
@@ -95,16 +96,16 @@ class AskedText:
         self.measures: Sequence[Measure] = [
             Measure(
                 "text_by_context", "Text: bits per byte of a document's same last 256 bytes", "bytes of context",
-                "text_by_context", trained=context,
+                "text_by_context", BITS, trained=context,
             ),
             Measure(
                 "text_by_position", "Text: bits per byte before a position in the document", "bytes",
-                "text_by_position", trained=context,
+                "text_by_position", BITS, trained=context,
             ),
             *(
                 Measure(
                     f"{memory}_weight_by_distance", f"Text: weight of one pair, {memory} memory", "bytes back",
-                    "weight_by_distance", label=memory, removal=False,
+                    "weight_by_distance", WEIGHT, label=memory, removal=False,
                     uniform=self._distances.uniform(memory, config.model),
                 )
                 for memory in MEMORIES

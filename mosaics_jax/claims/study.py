@@ -108,19 +108,25 @@ class Study:
     def _asked(self) -> Sequence[Asked]:
         asked: list[Asked] = []
         for name in recipe.STUDIES[self.name].corpora:
-            manifest = Manifest.load(self.workdir / "data" / name)
             if name in TASKS:
-                asked.append(AskedTask(TASKS[name], load_tokenizer(manifest.tokenizer_directory)))
+                asked.append(self.asked_task(name))
             else:
-                asked.append(AskedText(manifest, self.config(Run(self.variants[0], 1.0, 0))))
+                asked.append(AskedText(self._manifest(name), self.config(Run(self.variants[0], 1.0, 0))))
         return asked
+
+    def asked_task(self, name: str) -> AskedTask:
+        """A task, in the tokens of its corpus."""
+        return AskedTask(TASKS[name], load_tokenizer(self._manifest(name).tokenizer_directory))
+
+    def _manifest(self, corpus: str) -> Manifest:
+        return Manifest.load(self.workdir / "data" / corpus)
 
     def run(self) -> dict[str, Variant]:
         """Everything: corpora, runs, answers."""
         self.prepare()
         found = {}
         for variant in self.variants:
-            sweep, runs = self.train(variant)
+            sweep, runs = self.chosen(variant)
             found[variant] = Variant(sweep, [self._found(run) for run in runs])
         return found
 
@@ -156,15 +162,12 @@ class Study:
                 f"{str(self.workdir)!r} is of {is_of}; legal: the same here, or another --workdir for {asked}"
             )
 
-    def train(self, variant: str) -> tuple[Mapping[float, float], Sequence[Run]]:
-        """A run of each rate with the first seed; then the other seeds with the best of them. That sweep, and these."""
+    def chosen(self, variant: str) -> tuple[Mapping[float, float], Sequence[Run]]:
+        """The sweep, a run of each rate with the first seed, trained; and a run of every seed with the best of them."""
         rates = self.rates or recipe.RATES[self.budget]
         sweep = {rate: self.trained(Run(variant, rate, 0)) for rate in rates}
         best = min(rates, key=lambda rate: sweep[rate])
-        runs = [Run(variant, best, seed) for seed in range(self.seeds)]
-        for run in runs:
-            self.trained(run)
-        return sweep, runs
+        return sweep, [Run(variant, best, seed) for seed in range(self.seeds)]
 
     def trained(self, run: Run) -> float:
         """The held-out bits per byte of a run, trained now where it is not yet."""

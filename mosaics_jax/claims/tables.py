@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mosaics_jax import metrics, roofline
-from mosaics_jax.claims.measures import Answers, Measure
+from mosaics_jax.claims.measures import ACCURACY, WEIGHT, Answers, Measure
 from mosaics_jax.claims.study import Found, Study, Variant
 from mosaics_jax.evaluate import report
 from mosaics_jax.nn.model import parameter_count
@@ -57,10 +57,10 @@ def _tables(measure: Measure, found: Mapping[str, Variant]) -> Iterator[report.T
         for variant, trained in found.items():
             by_x = _by_seed(measure, [of(one) for one in trained.runs])
             if by_x:
-                rows.append([variant, *(spread(values, measure.percent) for values in by_x.values())])
+                rows.append([variant, *(spread(values, measure.unit == ACCURACY) for values in by_x.values())])
                 columns = ["variant", *(f"{x:,} {measure.axis}" for x in by_x)]
         if rows and measure.uniform:
-            rows.append([_UNIFORM, *(spread(values, measure.percent) for values in measure.uniform.values())])
+            rows.append([_UNIFORM, *(spread(values, percent=False) for values in measure.uniform.values())])
         if rows:
             yield report.Table(measure.title + what, columns, rows)
 
@@ -77,13 +77,12 @@ def _figure(name: str, measures: Sequence[Measure], found: Mapping[str, Variant]
             one = report.curve(f"{_UNIFORM}, {measure.label}", list(measure.uniform), list(measure.uniform.values()))
             series.append(one | {"colour": len(found), "style": style})
     first = measures[0]
-    more: dict[str, Any] = {"log_x": 0 not in series[0]["x"], "log_y": not first.percent and not first.trained}
+    more: dict[str, Any] = {"log_x": 0 not in series[0]["x"], "log_y": first.unit == WEIGHT}
     if first.chance:
         more["levels"] = {"chance": first.chance}
     if first.trained:
         more["marks"] = {str(first.trained): "trained"}
-    unit = "accuracy" if first.percent else "weight of a pair" if not first.trained else "bits per byte"
-    return report.Figure(name, report.lines(name.replace("_", " "), first.axis, unit, series, **more))
+    return report.Figure(name, report.lines(name.replace("_", " "), first.axis, first.unit, series, **more))
 
 
 def _by_seed(measure: Measure, answers: Sequence[Answers | None]) -> dict[int, list[float]]:

@@ -24,6 +24,14 @@ _TAIL = 256  # tokens whose loss is compared between contexts
 _NATS = 1 / math.log(2)
 
 
+def long_documents(manifest: Manifest, tokens: int, count: int, seed: int) -> list[int]:
+    """Where `count` held-out documents of at least `tokens` tokens start: the first of a permutation by seed."""
+    ends = document_ends(manifest, "valid")
+    starts = np.concatenate([[0], ends[:-1]])
+    long = np.flatnonzero(ends - starts >= tokens)
+    return [int(starts[i]) for i in np.random.default_rng(seed).permutation(long)[:count]]
+
+
 class Perplexity:
     name = "perplexity"
 
@@ -38,16 +46,13 @@ class Perplexity:
         self._begin = manifest.begin
         if self._lengths[0] <= 1:
             raise ValueError(f"--lengths has {self._lengths[0]}; legal: 2 or more")
-        ends = document_ends(manifest, "valid")
-        starts = np.concatenate([[0], ends[:-1]])
-        sizes = ends - starts
-        long = np.flatnonzero(sizes > self._lengths[-1])
-        if not len(long):
+        self._starts = long_documents(manifest, self._lengths[-1] + 1, count, seed)
+        if not self._starts:
+            sizes = np.diff(document_ends(manifest, "valid"), prepend=0)
             raise ValueError(
                 f"no held-out document of {str(manifest.directory)!r} has {self._lengths[-1]} tokens and one more; the "
                 f"longest has {int(sizes.max(initial=0))}: take shorter --lengths, or a corpus of longer documents"
             )
-        self._starts = [int(starts[i]) for i in np.random.default_rng(seed).permutation(long)[:count]]
 
     def __len__(self) -> int:
         return len(self._starts) * len(self._lengths)
