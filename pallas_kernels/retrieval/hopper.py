@@ -13,6 +13,7 @@ caller promises keys and queries of norm 1, scores are bounded by β, and while 
 place of the maximum: exp2(β' (s - 1) + SHIFT) stays within range, so there is no row maximum and no rescaling of o.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -27,8 +28,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 QUERIES = 64  # of a warpgroup
 WARPGROUPS = 2  # that compute
 TILE = QUERIES * WARPGROUPS
-BLOCK = 128  # stored pairs of a block
-STAGES = 2  # buffers of the ring
 WIDTHS = (64, 128)  # of keys and values, which must agree
 
 LOG2E = math.log2(math.e)
@@ -38,6 +37,20 @@ SHIFT = 60.0
 BOUND = 60.0
 ABOVE = 1 + 2**-6  # what rounding to bfloat16 makes of 1, for sure
 LEAST = -1e30  # below every score, yet finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the kernels cut their work: what a benchmark may vary without a change of any result but its rounding."""
+
+    block: int = 128  # stored pairs of a block of forward
+    stages: int = 2  # buffers of forward's ring
+    query_block: int = 64  # stored pairs of a block in the query's role, backward
+    query_stages: int = 2
+    key_stages: int = 2  # of the ring of queries, in the key's role
+
+
+TILING = Tiling()
 
 # How a warpgroup takes its weights from scores; of its 64 queries, the first that applies.
 SIGNED = 0  # some β is negative: running maximum of sign(β) s
@@ -101,19 +114,19 @@ def swizzled(rows: int, width: int, buffers: int, dtype: Any) -> Any:
 
 
 class Ring:
-    """Buffers that one warpgroup fills and others read: `full` and `empty` barriers, one each a buffer."""
+    """`stages` buffers that one warpgroup fills and others read: `full` and `empty` barriers, one each a buffer."""
 
-    def __init__(self, full: Any, empty: Any, first: jax.Array):
-        self._full, self._empty, self._first = full, empty, first
+    def __init__(self, full: Any, empty: Any, first: jax.Array, stages: int):
+        self._full, self._empty, self._first, self._stages = full, empty, first, stages
 
     def slot(self, step: jax.Array) -> jax.Array:
-        return lax.rem(step - self._first, STAGES)
+        return lax.rem(step - self._first, self._stages)
 
     def fill(self, step: jax.Array, *copies: tuple[Any, Any]) -> None:
         """Waits until the buffer is free, then starts its copies."""
         slot = self.slot(step)
 
-        @pl.when(step - self._first >= STAGES)
+        @pl.when(step - self._first >= self._stages)
         def _() -> None:
             plgpu.barrier_wait(self._empty.at[slot])
 
@@ -132,7 +145,7 @@ class Ring:
         def observe(step: jax.Array, _: None) -> None:
             plgpu.barrier_wait(self._empty.at[self.slot(step)])
 
-        lax.fori_loop(lax.max(self._first, end - STAGES), end, observe, None)
+        lax.fori_loop(lax.max(self._first, end - self._stages), end, observe, None)
 
 
 def place(bounds_ref: Any) -> tuple[Any, Any, Any, Any, list[Any]]:
@@ -212,12 +225,13 @@ def _forward_kernel(
     query_ref, key_ref, value_ref, scale_ref, start_ref, stop_ref, bounds_ref, mode_ref,
     output_ref, sums_ref,
     query_s, key_s, value_s, sums_s, query_full, key_full, value_full, key_empty, value_empty,
-    *, unit_norm, interpret,
+    *, unit_norm, tiling, interpret,
 ):  # fmt: skip
     """o and the two sums of a tile of queries."""
     batch, head, half, warpgroup, bounds = place(bounds_ref)
-    keys, values = Ring(key_full, key_empty, bounds[0]), Ring(value_full, value_empty, bounds[0])
-    score_shape, output_shape = (QUERIES, BLOCK), (QUERIES, value_ref.shape[-1])
+    keys = Ring(key_full, key_empty, bounds[0], tiling.stages)
+    values = Ring(value_full, value_empty, bounds[0], tiling.stages)
+    score_shape, output_shape = (QUERIES, tiling.block), (QUERIES, value_ref.shape[-1])
 
     def compute(mode: int) -> None:
         rows = pl.ds(half * QUERIES, QUERIES)
@@ -287,9 +301,10 @@ def _forward_kernel(
         feed_pairs(bounds, keys, values, (key_ref, value_ref), (key_s, value_s), batch, head)
 
 
-def launch_options(interpret: Interpret) -> dict[str, Any]:
-    """What the three kernels have in common."""
+def launch_options(name: str, interpret: Interpret) -> dict[str, Any]:
+    """What the three kernels have in common; `name` is what a profiler shows."""
     return {
+        "kernel_name": name,
         "grid_names": ("head", "tile", "batch"),
         "num_threads": WARPGROUPS + 1,
         "thread_name": "warpgroup",
@@ -307,8 +322,9 @@ def forward(
     stop_BT: jax.Array,
     unit_norm: bool,
     interpret: Interpret = None,
+    tiling: Tiling = TILING,
 ) -> tuple[jax.Array, jax.Array]:
-    """o_BTHV of padded arrays (T a multiple of TILE, S of BLOCK), and sums_2BHT that backward remakes weights from.
+    """o_BTHV of padded arrays (T a multiple of TILE, S of the tiling's blocks), and sums_2BHT that backward remakes weights from.
 
     The sums: the maximum of s (or what stood in for it), and log2 of the weights' sum relative to it.
     """
@@ -318,10 +334,10 @@ def forward(
     bounded_BHN = jnp.logical_and(unit_norm, scale_BHNQ.max(-1) <= BOUND * LOG2E)
     mode_BHN = jnp.where(scale_BHNQ.min(-1) < 0, SIGNED, jnp.where(bounded_BHN, CONSTANT, RUNNING)).astype(jnp.int32)
     dtype = query_BTHK.dtype
-    ring = plgpu.Barrier(num_barriers=STAGES)
-    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES)
+    ring = plgpu.Barrier(num_barriers=tiling.stages)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiling.stages)
     kernel = plgpu.kernel(
-        functools.partial(_forward_kernel, unit_norm=unit_norm, interpret=interpret),
+        functools.partial(_forward_kernel, unit_norm=unit_norm, tiling=tiling, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct((batch, time, heads, value_width), dtype),
             jax.ShapeDtypeStruct((2, batch, heads, time), jnp.float32),
@@ -329,13 +345,13 @@ def forward(
         grid=(heads, time // TILE, batch),
         scratch_types=[
             swizzled(QUERIES, width, WARPGROUPS, dtype),
-            swizzled(BLOCK, width, STAGES, dtype),
-            swizzled(BLOCK, value_width, STAGES, dtype),
+            swizzled(tiling.block, width, tiling.stages, dtype),
+            swizzled(tiling.block, value_width, tiling.stages, dtype),
             plgpu.SMEM((WARPGROUPS, 2, QUERIES), jnp.float32),
             plgpu.Barrier(num_barriers=WARPGROUPS),
             ring, ring, free, free,
         ],
-        **launch_options(interpret),
+        **launch_options("retrieve_forward", interpret),
     )  # fmt: skip
-    bounds_BNX = query_bounds(start_BT, stop_BT, BLOCK)
+    bounds_BNX = query_bounds(start_BT, stop_BT, tiling.block)
     return kernel(query_BTHK, key_BSHK, value_BSHV, scale_BHT, start_BT, stop_BT, bounds_BNX, mode_BHN)

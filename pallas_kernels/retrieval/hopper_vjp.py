@@ -10,6 +10,7 @@ blocks seen in part are masked.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,14 +21,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.retrieval.hopper import (
-    BLOCK,
     LOG2E,
     QUERIES,
-    STAGES,
     TILE,
+    TILING,
     WARPGROUPS,
     Interpret,
     Ring,
+    Tiling,
     across,
     add_wgmma,
     feed,
@@ -48,7 +49,6 @@ from pallas_kernels.retrieval.hopper import (
 )
 
 KEYS = 64  # stored pairs of a warpgroup, in the key's role
-DQ_BLOCK = 64  # stored pairs of a block, in the query's role
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -61,12 +61,13 @@ def _query_kernel(
     query_ref, key_ref, value_ref, output_grad_ref, rows_ref, ends_ref, bounds_ref,
     query_grad_ref, bandwidth_grad_ref,
     query_s, output_grad_s, key_s, value_s, bandwidth_grad_s, query_full, key_full, value_full, key_empty, value_empty,
-    *, interpret,
+    *, tiling, interpret,
 ):  # fmt: skip
     """dq and dβ of a tile of queries."""
     batch, head, half, warpgroup, bounds = place(bounds_ref)
-    keys, values = Ring(key_full, key_empty, bounds[0]), Ring(value_full, value_empty, bounds[0])
-    shape = (QUERIES, DQ_BLOCK)
+    keys = Ring(key_full, key_empty, bounds[0], tiling.query_stages)
+    values = Ring(value_full, value_empty, bounds[0], tiling.query_stages)
+    shape = (QUERIES, tiling.query_block)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
@@ -117,11 +118,12 @@ def _key_kernel(
     query_ref, key_ref, value_ref, output_grad_ref, rows_ref, ends_ref, bounds_ref,
     key_grad_ref, value_grad_ref,
     key_s, value_s, query_s, output_grad_s, rows_s, ends_s, stored_full, query_full, grad_full, query_empty, grad_empty,
-    *, interpret,
+    *, tiling, interpret,
 ):  # fmt: skip
     """dk and dv of a tile of stored pairs; matrices are transposed: stored pairs down, queries across."""
     batch, head, half, warpgroup, bounds = place(bounds_ref)
-    queries, grads = Ring(query_full, query_empty, bounds[0]), Ring(grad_full, grad_empty, bounds[0])
+    queries = Ring(query_full, query_empty, bounds[0], tiling.key_stages)
+    grads = Ring(grad_full, grad_empty, bounds[0], tiling.key_stages)
     shape, width = (KEYS, QUERIES), key_ref.shape[-1]
 
     @pl.when(warpgroup < WARPGROUPS)
@@ -222,17 +224,19 @@ def _gradients(
     start_BT: jax.Array,
     stop_BT: jax.Array,
     interpret: Interpret,
+    tiling: Tiling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """dq, dβ (BHT), dk and dv of padded arrays. `rows`: the two sums, β and δ."""
     batch, time, heads, width = query_BTHK.shape
     stored, dtype = key_BSHK.shape[1], query_BTHK.dtype
     ends_XBT = jnp.stack([start_BT, stop_BT])
     operands = (query_BTHK, key_BSHK, value_BSHV, output_grad_BTHV, rows_XBHT, ends_XBT)
-    ring = plgpu.Barrier(num_barriers=STAGES)
-    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES)
     two = plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS)
+    stages = tiling.query_stages
+    ring = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     query_kernel = plgpu.kernel(
-        functools.partial(_query_kernel, interpret=interpret),
+        functools.partial(_query_kernel, tiling=tiling, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct(query_BTHK.shape, dtype),
             jax.ShapeDtypeStruct((batch, heads, time), jnp.float32),
@@ -240,15 +244,18 @@ def _gradients(
         grid=(heads, time // TILE, batch),
         scratch_types=[
             *[swizzled(QUERIES, width, WARPGROUPS, dtype)] * 2,
-            *[swizzled(DQ_BLOCK, width, STAGES, dtype)] * 2,
+            *[swizzled(tiling.query_block, width, stages, dtype)] * 2,
             plgpu.SMEM((WARPGROUPS, QUERIES), jnp.float32),
             two, ring, ring, free, free,
         ],
-        **launch_options(interpret),
+        **launch_options("retrieve_query_grad", interpret),
     )  # fmt: skip
-    query_grad_BTHK, bandwidth_grad_BHT = query_kernel(*operands, query_bounds(start_BT, stop_BT, DQ_BLOCK))
+    query_grad_BTHK, bandwidth_grad_BHT = query_kernel(*operands, query_bounds(start_BT, stop_BT, tiling.query_block))
+    stages = tiling.key_stages
+    ring = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
     key_kernel = plgpu.kernel(
-        functools.partial(_key_kernel, interpret=interpret),
+        functools.partial(_key_kernel, tiling=tiling, interpret=interpret),
         out_type=(
             jax.ShapeDtypeStruct(key_BSHK.shape, dtype),
             jax.ShapeDtypeStruct(value_BSHV.shape, dtype),
@@ -256,18 +263,18 @@ def _gradients(
         grid=(heads, stored // (WARPGROUPS * KEYS), batch),
         scratch_types=[
             *[swizzled(KEYS, width, WARPGROUPS, dtype)] * 2,
-            *[swizzled(QUERIES, width, STAGES, dtype)] * 2,
-            plgpu.SMEM((STAGES, 4, QUERIES), jnp.float32),
-            plgpu.SMEM((STAGES, 2, QUERIES), jnp.int32),
-            two, plgpu.Barrier(num_arrivals=3, num_barriers=STAGES), ring, free, free,
+            *[swizzled(QUERIES, width, stages, dtype)] * 2,
+            plgpu.SMEM((stages, 4, QUERIES), jnp.float32),
+            plgpu.SMEM((stages, 2, QUERIES), jnp.int32),
+            two, plgpu.Barrier(num_arrivals=3, num_barriers=stages), ring, free, free,
         ],
-        **launch_options(interpret),
+        **launch_options("retrieve_key_grad", interpret),
     )  # fmt: skip
     key_grad_BSHK, value_grad_BSHV = key_kernel(*operands, key_bounds(start_BT, stop_BT, stored))
     return query_grad_BTHK, bandwidth_grad_BHT, key_grad_BSHK, value_grad_BSHV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def retrieve_hopper(
     query_BTHK: jax.Array,
     key_BSHK: jax.Array,
@@ -277,13 +284,14 @@ def retrieve_hopper(
     stop_BT: jax.Array,
     unit_norm: bool = False,
     interpret: Interpret = None,
+    tiling: Tiling = TILING,
 ) -> jax.Array:
     """`retrieve` by the Hopper kernels; K = V, 64 or 128, in bfloat16.
 
     `unit_norm` promises |q·k| <= 1. `interpret`: `plgpu.InterpretGPUParams` where there is no GPU.
     """
     inputs = (query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
-    return _forward(*inputs, unit_norm, interpret)[0]
+    return _forward(*inputs, unit_norm, interpret, tiling)[0]
 
 
 def _forward(
@@ -295,12 +303,13 @@ def _forward(
     stop_BT: jax.Array,
     unit_norm: bool,
     interpret: Interpret,
+    tiling: Tiling,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     inputs = (query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
-    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(*inputs)
+    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(*inputs, tiling)
     scale_BHT = bandwidth_BTH.swapaxes(1, 2) * LOG2E
     output_BTHV, sums_2BHT = forward(
-        query_BTHK, key_BSHK, value_BSHV, scale_BHT, start_BT, stop_BT, unit_norm, interpret
+        query_BTHK, key_BSHK, value_BSHV, scale_BHT, start_BT, stop_BT, unit_norm, interpret, tiling
     )
     output_BTHV, sums_2BHT = (checkpoint_name(array, "retrieved") for array in (output_BTHV, sums_2BHT))
     return output_BTHV[:, : inputs[0].shape[1]], (*inputs, output_BTHV, sums_2BHT)
@@ -313,9 +322,11 @@ def _padded(
     bandwidth_BTH: jax.Array,
     start_BT: jax.Array,
     stop_BT: jax.Array,
+    tiling: Tiling,
 ) -> tuple[jax.Array, ...]:
     """Whole tiles and blocks. Empty intervals get stop = start; the queries added see nothing, after all pairs."""
-    key_BSHK, value_BSHV = pad_time(key_BSHK, BLOCK), pad_time(value_BSHV, BLOCK)
+    whole = math.lcm(tiling.block, tiling.query_block, WARPGROUPS * KEYS)
+    key_BSHK, value_BSHV = pad_time(key_BSHK, whole), pad_time(value_BSHV, whole)
     stop_BT = jnp.maximum(start_BT, stop_BT)
     after = key_BSHK.shape[1]
     return (
@@ -329,15 +340,19 @@ def _padded(
 
 
 def _backward(
-    unit_norm: bool, interpret: Interpret, residuals: tuple[jax.Array, ...], output_grad_BTHV: jax.Array
+    unit_norm: bool,
+    interpret: Interpret,
+    tiling: Tiling,
+    residuals: tuple[jax.Array, ...],
+    output_grad_BTHV: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     *inputs, output_BTHV, sums_2BHT = residuals
-    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(*inputs)
+    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(*inputs, tiling)
     output_grad_BTHV = pad_time(output_grad_BTHV, TILE)
     delta_BTH = jnp.sum(output_grad_BTHV.astype(jnp.float32) * output_BTHV.astype(jnp.float32), axis=-1)
     rows_XBHT = jnp.concatenate([sums_2BHT, jnp.stack([bandwidth_BTH.swapaxes(1, 2), delta_BTH.swapaxes(1, 2)])])
     query_grad_BTHK, bandwidth_grad_BHT, key_grad_BSHK, value_grad_BSHV = _gradients(
-        query_BTHK, key_BSHK, value_BSHV, output_grad_BTHV, rows_XBHT, start_BT, stop_BT, interpret
+        query_BTHK, key_BSHK, value_BSHV, output_grad_BTHV, rows_XBHT, start_BT, stop_BT, interpret, tiling
     )
     time, stored = inputs[0].shape[1], inputs[1].shape[1]
     return (
