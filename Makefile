@@ -5,10 +5,15 @@ PYTHON := $(shell for p in python3.12 python3.13 python3.14 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
-# The compiler for an H100 lies apart: within reach of every command, jax would look for the GPU that is not there.
+# The compiler for an H100 lies apart: within reach of every command, jax would look for the GPU that is not there. CUDA
+# 13.0's beside the newest one. XLA looks for it under CUDA_ROOT, Mosaic GPU on the path.
 H100 := .venv/h100
+CUDA130 := .venv/cuda130
+extra = $(BIN)/python -c "import configparser; c = configparser.ConfigParser(); c.read('setup.cfg'); \
+	print(c['options.extras_require']['$(1)'])" | $(BIN)/python -m pip install --quiet --target $(2) $(3) -r /dev/stdin
+cuda = JAX_PLATFORMS=cpu PYTHONPATH=$(H100) CUDA_ROOT=$(CURDIR)/$(1)/nvidia/cu13 PATH="$(CURDIR)/$(1)/nvidia/cu13/bin:$$PATH"
 
-.PHONY: setup train test test-slow faults claims claims-gpu lint bench gpu clean
+.PHONY: setup train test test-slow faults claims claims-gpu lint bench gpu gpu-bundle gpu-variants gpu-train gpu-next clean
 
 setup: $(STAMP)
 
@@ -19,9 +24,12 @@ $(STAMP): setup.cfg pyproject.toml Makefile
 	@touch $(STAMP)
 
 $(H100): $(STAMP)
-	$(BIN)/python -c "import configparser; c = configparser.ConfigParser(); c.read('setup.cfg'); \
-		print(c['options.extras_require']['h100'])" | $(BIN)/python -m pip install --quiet --target $(H100) -r /dev/stdin
+	$(call extra,h100,$(H100))
 	@touch $(H100)
+
+$(CUDA130): $(STAMP)
+	$(call extra,h100_cuda130,$(CUDA130),--no-deps)
+	@touch $(CUDA130)
 
 # Text, training with a progress bar, a sample. A second `make train` resumes; `make clean` starts anew.
 train: $(STAMP)
@@ -37,12 +45,13 @@ train: $(STAMP)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not h100 and not gpu"
+	$(PYTEST) -m "not slow and not h100"
 
-test-slow: $(STAMP) $(H100)
+test-slow: $(STAMP) $(H100) $(CUDA130)
 	$(BIN)/python -m mypy
-	$(PYTEST) -m "slow and not gpu and not h100"
-	JAX_PLATFORMS=cpu PYTHONPATH=$(H100) $(BIN)/python -m pytest -m h100
+	$(PYTEST) -m "slow and not h100"
+	$(call cuda,$(H100)) $(BIN)/python -m pytest -m h100
+	$(call cuda,$(CUDA130)) $(BIN)/python -m pytest -m h100 -k "(retrieve and 128) or bundle"
 
 # Runs that are killed, stopped, starved and spoilt, beside one that nobody disturbed; about an hour on two cores.
 faults: $(STAMP)
@@ -53,12 +62,6 @@ faults: $(STAMP)
 claims: $(STAMP)
 	$(BIN)/python -m launch.claims --workdir=runs/claims $(if $(TEXT),--text=$(TEXT))
 
-# Models of 41 to 48 M weights, and few trainings: meant for 25 minutes of one H100, and not measured yet. Python as for
-# `gpu`, with grain too.
-claims-gpu:
-	$(GPU_PYTHON) -m launch.claims --workdir=runs/claims_gpu --budget=gpu --seeds=2 --variants=mosaic,transformer \
-		--suite=language,classification,recall $(if $(TEXT),--text=$(TEXT))
-
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/python -m mypy
 
@@ -66,13 +69,30 @@ bench: $(STAMP)
 	$(BIN)/python -m pallas_kernels.retrieval.bench
 	$(BIN)/python -m launch.bench
 
-# The first thing to try where there is a Hopper GPU: kernel cases, benches and a train step, in less than nine minutes.
-# It runs in the Python that is there, beside its jax with CUDA 13 and torch, and installs nothing. That Python needs
-# pytest, and at the versions in setup.cfg: absl-py flax optax ml-collections tensorboardX tqdm (and what they import).
-# tokamax is measured where it is installed.
+# What a Hopper GPU is asked (docs/results/gpu/README.md). First, here, without one: programs, answers and wheels that
+# travel to it, ten minutes of two cores.
+gpu-bundle: $(H100) $(CUDA130)
+	$(call cuda,$(CUDA130)) $(BIN)/python -m launch.gpu.bundle --output=build/gpu
+
+# Then there, in the Python that is there, with its jax for CUDA 13; nothing is installed. Results go to OUT, if it is set.
+# `gpu-next` prints the queue of jobs and runs those that are due and fit MINUTES.
 GPU_PYTHON ?= python3
+MINUTES ?= 8
 gpu:
-	$(GPU_PYTHON) -m launch.gpu $(if $(OUT),--output=$(OUT))
+	$(GPU_PYTHON) -m launch.gpu
+
+gpu-variants:
+	$(GPU_PYTHON) -m launch.gpu --job=variants
+
+gpu-train:
+	$(GPU_PYTHON) -m launch.gpu.commands --job=train
+
+# Models of 41 to 48 M weights, and few trainings; killed after ten minutes, the same command goes on.
+claims-gpu:
+	$(GPU_PYTHON) -m launch.gpu.commands --job=claims $(if $(TEXT),--text=$(TEXT))
+
+gpu-next:
+	$(GPU_PYTHON) -m launch.gpu.queue --minutes=$(MINUTES)
 
 clean:
 	rm -rf .venv data/python runs/tiny

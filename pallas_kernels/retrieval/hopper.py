@@ -324,7 +324,7 @@ def forward(
     interpret: Interpret = None,
     tiling: Tiling = TILING,
 ) -> tuple[jax.Array, jax.Array]:
-    """o_BTHV of padded arrays (T a multiple of TILE, S of the tiling's blocks), and sums_2BHT that backward remakes weights from.
+    """o_BTHV of padded arrays (T whole tiles, S whole blocks), and sums_2BHT that backward remakes weights from.
 
     The sums: the maximum of s (or what stood in for it), and log2 of the weights' sum relative to it.
     """

@@ -306,7 +306,7 @@ def _forward(
     tiling: Tiling,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     inputs = (query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT)
-    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(*inputs, tiling)
+    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(tiling, *inputs)
     scale_BHT = bandwidth_BTH.swapaxes(1, 2) * LOG2E
     output_BTHV, sums_2BHT = forward(
         query_BTHK, key_BSHK, value_BSHV, scale_BHT, start_BT, stop_BT, unit_norm, interpret, tiling
@@ -316,13 +316,13 @@ def _forward(
 
 
 def _padded(
+    tiling: Tiling,
     query_BTHK: jax.Array,
     key_BSHK: jax.Array,
     value_BSHV: jax.Array,
     bandwidth_BTH: jax.Array,
     start_BT: jax.Array,
     stop_BT: jax.Array,
-    tiling: Tiling,
 ) -> tuple[jax.Array, ...]:
     """Whole tiles and blocks. Empty intervals get stop = start; the queries added see nothing, after all pairs."""
     whole = math.lcm(tiling.block, tiling.query_block, WARPGROUPS * KEYS)
@@ -347,7 +347,7 @@ def _backward(
     output_grad_BTHV: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
     *inputs, output_BTHV, sums_2BHT = residuals
-    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(*inputs, tiling)
+    query_BTHK, key_BSHK, value_BSHV, bandwidth_BTH, start_BT, stop_BT = _padded(tiling, *inputs)
     output_grad_BTHV = pad_time(output_grad_BTHV, TILE)
     delta_BTH = jnp.sum(output_grad_BTHV.astype(jnp.float32) * output_BTHV.astype(jnp.float32), axis=-1)
     rows_XBHT = jnp.concatenate([sums_2BHT, jnp.stack([bandwidth_BTH.swapaxes(1, 2), delta_BTH.swapaxes(1, 2)])])

@@ -4,9 +4,10 @@ Each peer comes in two forms. The one with `retrieve`'s arguments does the whole
 attention alone, of arrays made ready for it: this is what a benchmark times, so that a peer is shown at its best. What
 stays outside the clock: β folded into the queries, the shift, the block mask, and the zeros of rows that see nothing.
 
-torch and tokamax are imported inside the functions: nothing else here needs them.
+torch, tokamax and jla are imported inside the functions: nothing else here needs them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,61 +20,105 @@ def scaled(query_BTHK: jax.Array, bandwidth_BTH: jax.Array) -> jax.Array:
     return (query_BTHK * bandwidth_BTH[..., None]).astype(query_BTHK.dtype)
 
 
+def earlier(array_BTX: jax.Array, shift: int) -> jax.Array:
+    """Position t + shift at t, and zeros at the end: T stays, since cuDNN's backward and block sizes want it even."""
+    padding = [(0, 0), (0, shift)] + [(0, 0)] * (array_BTX.ndim - 2)
+    return jnp.pad(array_BTX[:, shift:], padding)
+
+
 def shifted(
     query_BTHK: jax.Array, key_BTHK: jax.Array, value_BTHV: jax.Array, bandwidth_BTH: jax.Array, shift: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scaled queries from position `shift` on, and all but the last `shift` pairs: query i may then see pair i."""
-    return scaled(query_BTHK, bandwidth_BTH)[:, shift:], key_BTHK[:, :-shift], value_BTHV[:, :-shift]
+    """Scaled queries, `shift` ahead of their pairs: causal attention then shows query t + shift the pairs up to t.
+
+    The last `shift` queries are zeros, of which nothing is used; only they see the last pairs.
+    """
+    return earlier(scaled(query_BTHK, bandwidth_BTH), shift), key_BTHK, value_BTHV
 
 
-def shifted_attention(
+def unpacked_read(
+    attention: Callable[..., jax.Array],
     query_BTHK: jax.Array,
     key_BTHK: jax.Array,
     value_BTHV: jax.Array,
-    pairs: int | None = None,
-    *,
-    implementation: str = "cudnn",
+    bandwidth_BTH: jax.Array,
+    shift: int,
 ) -> jax.Array:
-    """Causal attention of scale 1, of the last `pairs` pairs or of all; "cudnn", or "xla" on any device."""
-    window = None if pairs is None else (pairs - 1, 0)  # those to the left of pair i, without it
+    """`retrieve` of unpacked rows by causal `attention` of scale 1: long-term with shift m, short-term with shift 1.
+
+    The first `shift` queries see nothing and get 0.
+    """
+    output_BTHV = attention(*shifted(query_BTHK, key_BTHK, value_BTHV, bandwidth_BTH, shift))
+    return jnp.pad(output_BTHV[:, : output_BTHV.shape[1] - shift], [(0, 0), (shift, 0), (0, 0), (0, 0)])
+
+
+def attention(by: str, window: int | None = None, *, stand_in: bool = False) -> Callable[..., jax.Array]:
+    """Causal attention of scale 1 over the last `window` pairs or all: (query, key, value[, document_BT]) -> output.
+
+    Args:
+      by: "cudnn" (through jax.nn), "jla" (jax-linear-attention's Mosaic kernels; rows of several documents too), "jax"
+        (jax's own Mosaic kernel: forward only, no window) or "xla" (any device).
+      window: pairs that a query sees, the present one among them.
+      stand_in: "xla" in the place of any other, to try what stands around it without a GPU.
+
+    Raises:
+      ValueError: there is no such peer.
+    """
+    if by not in PEERS:
+        raise ValueError(f"by is {by!r}; legal: {', '.join(PEERS)}")
+    return functools.partial(PEERS["xla" if stand_in else by], window)
+
+
+def _by_jax_nn(
+    implementation: str,
+    window: int | None,
+    query_BTHK: jax.Array,
+    key_BTHK: jax.Array,
+    value_BTHV: jax.Array,
+    document_BT: jax.Array | None = None,
+) -> jax.Array:
+    local = None if window is None else (window - 1, 0)  # those to the left of the present pair, without it
+    mask_BHTS = None if document_BT is None else (document_BT[:, None, :, None] == document_BT[:, None, None, :])
     attention: Callable[..., Any] = jax.nn.dot_product_attention
     return attention(
-        query_BTHK, key_BTHK, value_BTHV, scale=1.0, is_causal=True, local_window_size=window,
+        query_BTHK, key_BTHK, value_BTHV, mask=mask_BHTS, scale=1.0, is_causal=True, local_window_size=local,
         implementation=implementation,
     )  # fmt: skip
 
 
-def cudnn_long_term(
+def _by_jla(
+    window: int | None,
     query_BTHK: jax.Array,
     key_BTHK: jax.Array,
     value_BTHV: jax.Array,
-    bandwidth_BTH: jax.Array,
-    delay: int,
-    *,
-    implementation: str = "cudnn",
+    document_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """The long-term read of unpacked rows, pairs 0 .. t-m with m = `delay` < T: causal once the queries are m ahead."""
-    arrays = shifted(query_BTHK, key_BTHK, value_BTHV, bandwidth_BTH, delay)
-    return _zeros_first(shifted_attention(*arrays, implementation=implementation), delay)
+    from jla.ops.mosaic_gpu.attention import flash_attention
+
+    return flash_attention(
+        query_BTHK, key_BTHK, value_BTHV, segment_ids=document_BT, sliding_window=window, scale=1.0
+    )  # fmt: skip
 
 
-def cudnn_short_term(
-    query_BTHK: jax.Array,
-    key_BTHK: jax.Array,
-    value_BTHV: jax.Array,
-    bandwidth_BTH: jax.Array,
-    window: int,
-    *,
-    implementation: str = "cudnn",
-) -> jax.Array:
-    """The short-term read of unpacked rows, pairs t-h+1 .. t-1 with h = `window`: the last h-1, after a shift of 1."""
-    arrays = shifted(query_BTHK, key_BTHK, value_BTHV, bandwidth_BTH, 1)
-    return _zeros_first(shifted_attention(*arrays, window - 1, implementation=implementation), 1)
+def _by_jax(window: int | None, query_BTHK: jax.Array, key_BTHK: jax.Array, value_BTHV: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    assert window is None
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
+    return attention_mgpu.attention(query_BTHK, key_BTHK, value_BTHV, config)
 
 
-def _zeros_first(output_BTHV: jax.Array, rows: int) -> jax.Array:
-    """The first queries, which see nothing."""
-    return jnp.pad(output_BTHV, [(0, 0), (rows, 0), (0, 0), (0, 0)])
+def dtype(by: str, *, stand_in: bool = False) -> Any:
+    """What a peer takes: jax's own kernel writes float16 whatever it is given."""
+    return jnp.float16 if by == "jax" and not stand_in else jnp.bfloat16
+
+
+PEERS: dict[str, Callable[..., jax.Array]] = {
+    "cudnn": functools.partial(_by_jax_nn, "cudnn"),
+    "jla": _by_jla,
+    "jax": _by_jax,
+    "xla": functools.partial(_by_jax_nn, "xla"),
+}
 
 
 def tokamax_attention(

@@ -2,6 +2,13 @@
 
 import dataclasses
 import functools
+import json
+import lzma
+import os
+import pickle
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +16,7 @@ import numpy as np
 import pytest
 
 from configs import small
+from launch.gpu.bundle.read import Bundle
 from mosaics_jax.config import Config
 from mosaics_jax.data.source import pack
 from mosaics_jax.step import init_state, make_train_step
@@ -89,3 +97,26 @@ def test_the_train_step_of_the_small_model(capsys):
     with capsys.disabled():
         print(f"\nsmall, 4 rows of 4,096 on one H100: {peak_gib:.1f} GiB at the peak, of which state {state_gib:.1f}")
     assert state_gib < peak_gib < 80e9 / 2**30
+
+
+def test_a_bundle_of_real_programs(tmp_path):
+    """Made by the command, with the compiler that `make` puts in its place; this machine has no driver to take it."""
+    if "CUDA_ROOT" not in os.environ:
+        pytest.skip("CUDA_ROOT is not set; `make test-slow` sets it")
+    kernel = "canary retrieve forward, K = 128, unit norm"
+    words = [f"--only=^({kernel}|arrays T = 4096|jax, forward, .* T = 4,096)$", "--nowheels", f"--output={tmp_path}"]
+    command = [sys.executable, "-m", "launch.gpu.bundle", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert set(manifest["programs"]) == {kernel, "arrays T = 4096", "jax, forward, long-term, unpacked, T = 4,096"}
+    assert not any(entry.get("missing") for entry in manifest["programs"].values()), manifest
+    version = re.search(r"V(\d+\.\d+)", manifest["compiler"])
+    assert version is not None
+    assert version[1] == manifest["cuda"]
+    bundle = Bundle(tmp_path, "card")
+    assert f"of CUDA {manifest['cuda']}" in bundle.refusal
+    (path,) = (tmp_path / "programs").glob("canary*.xz")
+    payload, arguments, results = pickle.loads(lzma.decompress(path.read_bytes()))
+    assert (arguments, results) == (7, 1)
+    assert payload.count(b"\x7fELF") >= 1  # machine code

@@ -7,10 +7,10 @@ import re
 import interpreted
 import jax
 import jax.numpy as jnp
-import leaky_average_cases as shared
 import numpy as np
 import pytest
 
+from pallas_kernels.leaky_average import cases as shared
 from pallas_kernels.leaky_average.hopper import leaky_average_hopper
 
 _CASES = {case.name: case for case in shared.cases()}

@@ -6,11 +6,11 @@ import re
 
 import jax
 import jax.numpy as jnp
-import leaky_average_cases as shared
 import numpy as np
 import pytest
 
 from pallas_kernels.leaky_average import LeakyState, blockwise, leaky_average
+from pallas_kernels.leaky_average import cases as shared
 
 IMPLEMENTATIONS = ("reference", "xla")
 CASES = {case.name: case for case in shared.cases()}

@@ -1,22 +1,16 @@
-"""The peers' formulas against the reference, and what `make gpu` does where there is no GPU."""
+"""The peers' formulas against the reference."""
 
 import functools
 import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import gpu_report
 from mosaics_jax import visibility
 from pallas_kernels.retrieval import peers, retrieve
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 B, T, H, K = 2, 24, 2, 8
 DELAY, WINDOW = 5, 7
 _UNPACKED = np.zeros((B, T), np.int32)
@@ -62,24 +56,34 @@ def _assert_is_retrieve(operation, interval):
     assert not np.asarray(measured[0])[empty_BT].any()
 
 
-_CUDNN = {
-    "long": functools.partial(peers.cudnn_long_term, delay=DELAY, implementation="xla"),
-    "short": functools.partial(peers.cudnn_short_term, window=WINDOW, implementation="xla"),
-}
+_SHIFTED = {"long": (DELAY, None), "short": (1, WINDOW - 1)}  # how far queries are moved ahead, pairs that each sees
 
 
-@pytest.mark.parametrize("memory", _CUDNN)
+@pytest.mark.parametrize("memory", _SHIFTED)
 def test_shifted_attention_is_a_read_of_an_unpacked_row(memory):
     """With zeros where nothing is seen; values and gradients."""
-    _assert_is_retrieve(_CUDNN[memory], _intervals(_UNPACKED)[memory])
+    shift, window = _SHIFTED[memory]
+    read = functools.partial(peers.unpacked_read, peers.attention("xla", window), shift=shift)
+    _assert_is_retrieve(lambda *arrays: read(*arrays), _intervals(_UNPACKED)[memory])
 
 
-@pytest.mark.parametrize(("memory", "shift", "pairs"), [("long", DELAY, None), ("short", 1, WINDOW - 1)])
-def test_what_is_timed_is_all_that_is_left_to_do(memory, shift, pairs):
-    arrays = _arrays()
-    whole_BTHV = _CUDNN[memory](*arrays)
-    attention_BTHV = peers.shifted_attention(*peers.shifted(*arrays, shift), pairs, implementation="xla")
-    np.testing.assert_allclose(whole_BTHV[:, shift:], attention_BTHV, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("by", peers.PEERS)
+def test_a_stand_in_knows_documents_and_windows(by):
+    """Against the definition, query by query: the last pairs of its document, the present one among them."""
+    query_BTHK, key_BTHK, value_BTHV, _ = _arrays()
+    document_BT = np.sort(_PACKED, axis=1)
+    measured = peers.attention(by, 4, stand_in=True)(query_BTHK, key_BTHK, value_BTHV, jnp.asarray(document_BT))
+    for b, t in np.ndindex(document_BT.shape):
+        seen = [s for s in range(max(0, t - 3), t + 1) if document_BT[b, s] == document_BT[b, t]]
+        score_SH = np.einsum("HK,SHK->SH", query_BTHK[b, t], key_BTHK[b, seen])
+        weight_SH = np.exp(score_SH) / np.exp(score_SH).sum(0)
+        expected_HV = np.einsum("SH,SHV->HV", weight_SH, value_BTHV[b, seen])
+        np.testing.assert_allclose(measured[b, t], expected_HV, rtol=0, atol=2e-5)
+
+
+def test_an_unknown_peer_is_refused():
+    with pytest.raises(ValueError, match="'flash'; legal: cudnn, jla, jax, xla"):
+        peers.attention("flash")
 
 
 @pytest.mark.filterwarnings("default")  # the peer's own
@@ -115,85 +119,3 @@ def test_flex_attention(memory, document_BT):
 def test_a_peer_that_is_not_installed_says_so(memory):
     with pytest.raises(ImportError, match="tokamax"):
         peers.tokamax(*_arrays(), *_intervals(_UNPACKED)[memory])
-
-
-# The command and its table.
-
-
-def test_the_suite_refuses_where_there_is_no_hopper_gpu(tmp_path):
-    command = [sys.executable, "-m", "launch.gpu", f"--output={tmp_path / 'out'}"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # or jax logs at length which plugins it misses
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=environment
-    )
-    assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert "compute capability 9.0" in line
-    assert not (tmp_path / "out").exists()
-
-
-def _results(**sections):
-    passed = {"state": "passed", "seconds": 1.0, "records": []}
-    return {
-        "device": "A device", "date": "2000-01-01", "jax": "0.0", "quick": False, "seconds": 10.0,
-        "sections": {name: passed | section for name, section in sections.items()},
-    }  # fmt: skip
-
-
-def _figure(**fields):
-    place = {"kind": "figure", "memory": "long-term", "rows": "unpacked", "time": 16384, "what": "forward"}
-    return place | {"by": "hopper", "milliseconds": 2.0, "tflops": 512.4} | fields
-
-
-def test_the_table_shows_figures_and_why_one_is_missing():
-    records = [_figure(), _figure(what="forward + backward", missing="TypeError: no such thing", failed=True)]
-    skipped = [_figure(by="flex", missing="not installed", failed=False)]
-    results = _results(hopper={"records": records}, flex={"records": skipped})
-    lines = gpu_report.markdown(results).splitlines()
-    forward, both = (
-        next(line for line in lines if line.startswith(f"| long-term | unpacked | 16,384 | {what} |"))
-        for what in ("forward", "forward + backward")
-    )
-    # hopper, cudnn, flex, tokamax, xla
-    assert forward.split("|")[5:10] == [
-        " 512 (2.000 ms) ",
-        " not measured ",
-        " not installed ",
-        *[" not measured "] * 2,
-    ]
-    assert both.split("|")[5] == " failed "
-    assert any("TypeError: no such thing" in line for line in lines)
-
-
-def test_the_table_counts_cases_and_names_those_that_failed():
-    records = [
-        {"kind": "case", "name": "a[x]", "outcome": "passed"},
-        {"kind": "case", "name": "b[y]", "outcome": "failed", "message": "0.3 is more than 0.02"},
-        {"kind": "case", "name": "c[z]", "outcome": "started"},
-    ]
-    results = _results(retrieve_cases={"records": records, "state": "failed: killed after 90 s"})
-    text = gpu_report.markdown(results)
-    assert "| retrieve_cases | 1 | 1 | 0 |" in text
-    assert "b[y]: 0.3 is more than 0.02" in text
-    assert "c[z]: began and did not end" in text
-    assert "retrieve_cases: killed after 90 s" in text
-    assert gpu_report.failures(results)
-
-
-def test_nothing_that_is_only_absent_is_a_failure():
-    absent = _results(flex={"records": [_figure(by="flex", missing="not installed", failed=False)]})
-    assert not gpu_report.failures(absent)
-    assert not gpu_report.failures(_results(train={"state": gpu_report.OUT_OF_TIME}))
-    assert gpu_report.failures(_results(hopper={"records": [_figure(missing="ValueError: x", failed=True)]}))
-    wrong = {"kind": "check", "by": "hopper", "memory": "long-term", "errors": {"output": 1.0}, "ok": False}
-    assert gpu_report.failures(_results(hopper={"records": [wrong]}))
-
-
-def test_reports_are_written_beside_old_ones(tmp_path):
-    for _ in range(2):
-        gpu_report.Report(tmp_path, _results()).save()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "a-device-2000-01-01-2.json", "a-device-2000-01-01-2.md",
-        "a-device-2000-01-01.json", "a-device-2000-01-01.md",
-    ]  # fmt: skip

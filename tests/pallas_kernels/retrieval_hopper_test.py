@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import retrieval_cases as shared
 
 from mosaics_jax import visibility
+from pallas_kernels.retrieval import cases as shared
 from pallas_kernels.retrieval import hopper, hopper_vjp
 
 CASES = {case.name: case for case in shared.cases()}

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import retrieval_cases as shared
 from jaxprs import array_sizes
 
 from mosaics_jax import visibility
 from pallas_kernels import checks
 from pallas_kernels.retrieval import blockwise, retrieve
+from pallas_kernels.retrieval import cases as shared
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,7 @@
-"""Cases of `leaky_average` shared by its implementations, and the float64 answer to compare with."""
+"""Cases of `leaky_average` for all its implementations, on any device, and the float64 answer to compare with.
+
+For tests, and for the checks on a GPU (`launch/gpu`); no model uses it.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.leaky_average import LeakyState
+from pallas_kernels.leaky_average.reference import LeakyState
 
 Operation = Callable[..., tuple[jax.Array, LeakyState]]
 B, H, K = 2, 2, 4
@@ -99,7 +102,7 @@ def _pick(T: int, values: list[float]) -> np.ndarray:
 
 def expected(case: Case) -> dict[str, np.ndarray]:
     """The answer in float64, and the log-scale at which final states are compared."""
-    unit_BH = _unit(case)
+    unit_BH = unit(case)
     with jax.enable_x64(True):
         problem = jax.tree.map(jnp.asarray, (case.arrays, case.restart_BT, case.weights, unit_BH))
         return _named(_value_and_gradients(*problem, _plain)) | {"unit_BH": unit_BH}
@@ -110,10 +113,8 @@ def measured(case: Case, unit_BH: np.ndarray, operation: Operation) -> dict[str,
     input_BTHK, *rest = case.arrays
     arrays = (jnp.asarray(input_BTHK, case.dtype), *(jnp.asarray(array, jnp.float32) for array in rest))
     weights = tuple(jnp.asarray(weight, jnp.float32) for weight in case.weights)
-    unit_BH = jnp.asarray(unit_BH, jnp.float32)
-    return _named(
-        _value_and_gradients(arrays, jnp.asarray(case.restart_BT), weights, unit_BH, operation, case.has_state)
-    )
+    restart_BT, unit = jnp.asarray(case.restart_BT), jnp.asarray(unit_BH, jnp.float32)
+    return _named(_value_and_gradients(arrays, restart_BT, weights, unit, operation, case.has_state))
 
 
 @functools.partial(jax.jit, static_argnames=("operation", "has_state"))
@@ -163,7 +164,7 @@ def _plain(
     return jnp.moveaxis(output_TBHK, 0, 1), LeakyState(last_BHK, jnp.zeros_like(initial.log_scale_BH))
 
 
-def _unit(case: Case) -> np.ndarray:
+def unit(case: Case) -> np.ndarray:
     """The size of the largest term in k̄ at the last position, as a logarithm: states are compared in this unit."""
     _, log_gate_BTH, log_decay_BTH, _, unit_BH = case.arrays
     for t in range(case.restart_BT.shape[1]):

@@ -1,15 +1,18 @@
-"""Cases of `retrieve` shared by its implementations, and the float64 answer to compare with."""
+"""Cases of `retrieve` for all its implementations, on any device, and the float64 answer to compare with.
+
+For tests, and for the checks on a GPU (`launch/gpu`); no model uses it.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mosaics_jax import visibility
-from pallas_kernels.retrieval import retrieve
+from pallas_kernels.retrieval.api import retrieve
 
 Operation = Callable[..., jax.Array]
 B, H, K, V = 2, 2, 4, 3
@@ -35,8 +38,8 @@ def cases() -> Iterator[Case]:
     """Everything that has its own way of going wrong; of one T and S where they do not matter, to compile once."""
     T = 300  # three tiles, the last one in part
     random = _spread(T, T)
-    document_BT = documents(T)
-    start_BT = visibility.document_start(jnp.asarray(document_BT))
+    start_BT = document_start(documents(T))
+    whole_BT = np.zeros((B, T), np.int32)
     yield _case("random", random)
     yield _case("random_one_array", random, is_one_array=True)
     yield _case("empty_everywhere", _spread(T, T, empty=1.0))
@@ -46,13 +49,13 @@ def cases() -> Iterator[Case]:
     yield _case("empty_tiles", _constant(T, 0, lambda t: np.where((t >= 128) & (t < 256), 0, t)))
     yield _case("one_pair", _constant(T, lambda t: T - 1 - t, lambda t: T - t))
     yield _case("everything", _constant(T, 0, T))
-    yield _case("documents_of_one_position", visibility.causal(jnp.broadcast_to(jnp.arange(T), (B, T))))
-    yield _case("short_term", visibility.short_term(start_BT, window=20), is_one_array=True)
-    yield _case("short_term_across_tiles", visibility.short_term(jnp.zeros_like(start_BT), window=200))
-    yield _case("long_term", visibility.long_term(start_BT, delay=5), is_one_array=True)
-    yield _case("long_term_across_tiles", visibility.long_term(jnp.zeros_like(start_BT), delay=130))
-    yield _case("causal", visibility.causal(start_BT))
-    yield _case("causal_window", visibility.causal(start_BT, window=7))
+    yield _case("documents_of_one_position", causal(np.broadcast_to(np.arange(T), (B, T))))
+    yield _case("short_term", short_term(start_BT, window=20), is_one_array=True)
+    yield _case("short_term_across_tiles", short_term(whole_BT, window=200))
+    yield _case("long_term", long_term(start_BT, delay=5), is_one_array=True)
+    yield _case("long_term_across_tiles", long_term(whole_BT, delay=130))
+    yield _case("causal", causal(start_BT))
+    yield _case("causal_window", causal(start_BT, window=7))
     yield _case("one_query_of_many_pairs", _spread(1, T), S=T)
     yield _case("more_queries_than_pairs_in_whole_tiles", _spread(256, 128), S=128)
     yield _case("zero_queries_and_keys", random, keep=_coin(T, 0.7)[..., None, None])
@@ -66,12 +69,43 @@ def cases() -> Iterator[Case]:
     yield _case("identical_keys_dominate_one_array", *_identical(T), is_one_array=True, **_extreme(T))
     yield _case("bfloat16", random, dtype="bfloat16")
     for count in (1, 7, 200):
-        start_BT = visibility.document_start(jnp.asarray(packed(500, count)))
-        yield _case(f"short_term_in_rows_of_{count}", visibility.short_term(start_BT, window=256), is_one_array=True)
-        yield _case(f"long_term_in_rows_of_{count}", visibility.long_term(start_BT, delay=64), is_one_array=True)
+        start_BT = document_start(packed(500, count))
+        yield _case(f"short_term_in_rows_of_{count}", short_term(start_BT, window=256), is_one_array=True)
+        yield _case(f"long_term_in_rows_of_{count}", long_term(start_BT, delay=64), is_one_array=True)
     halves_T = np.minimum(np.arange(140) // 2, 330)
     yield _case("more_pairs_than_queries", _constant(140, halves_T, np.minimum(halves_T + 250, 330)), S=330)
-    yield _case("a_long_row", visibility.short_term(jnp.zeros((B, 1500), jnp.int32), window=256))
+    yield _case("a_long_row", short_term(np.zeros((B, 1500), np.int32), window=256))
+
+
+Interval = tuple[np.ndarray, np.ndarray]  # start_BT, stop_BT
+
+
+def document_start(document_BT: np.ndarray) -> np.ndarray:
+    """Where the document of each position starts; a change of id starts one."""
+    changed_BT = np.diff(document_BT, axis=1, prepend=document_BT[:, :1]) != 0
+    return np.maximum.accumulate(np.where(changed_BT, np.arange(document_BT.shape[1]), 0), axis=1).astype(np.int32)
+
+
+def short_term(start_BT: np.ndarray, window: int) -> Interval:
+    """The `window` - 1 pairs before position t, inside its document."""
+    position_BT = np.broadcast_to(np.arange(start_BT.shape[1]), start_BT.shape)
+    return _ends(np.maximum(start_BT, position_BT - window + 1), position_BT)
+
+
+def long_term(start_BT: np.ndarray, delay: int) -> Interval:
+    """The document's pairs up to t - `delay`."""
+    return _ends(start_BT, np.maximum(start_BT, np.arange(start_BT.shape[1]) - delay + 1))
+
+
+def causal(start_BT: np.ndarray, window: int | None = None) -> Interval:
+    """The document's pairs up to t, the last `window` of them."""
+    position_BT = np.broadcast_to(np.arange(start_BT.shape[1]), start_BT.shape)
+    oldest_BT = start_BT if window is None else np.maximum(start_BT, position_BT - window + 1)
+    return _ends(oldest_BT, position_BT + 1)
+
+
+def _ends(start_BT: np.ndarray, stop_BT: np.ndarray) -> Interval:
+    return start_BT.astype(np.int32), stop_BT.astype(np.int32)
 
 
 def packed(T: int, count: int) -> np.ndarray:
@@ -88,7 +122,7 @@ def documents(T: int, seed: int = 3) -> np.ndarray:
 
 def _case(
     name: str,
-    interval: tuple[jax.Array | np.ndarray, jax.Array | np.ndarray],
+    interval: Interval,
     key: np.ndarray | None = None,
     *,
     S: int | None = None,
@@ -176,7 +210,7 @@ def _dominated(T: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     return interval, np.broadcast_to(key_TK[:, None], (B, T, H, K))
 
 
-def _extreme(T: int, sign: int = 1) -> dict[str, bool | np.ndarray]:
+def _extreme(T: int, sign: int = 1) -> dict[str, Any]:
     return {"bandwidth_BTH": np.full((B, T, H), sign * EXTREME_BANDWIDTH), "is_exact": True}
 
 
@@ -195,8 +229,8 @@ def measured(case: Case, operation: Operation) -> dict[str, np.ndarray]:
 
 
 def _measure(case: Case, operation: Operation, dtype: str, bandwidth_dtype: str) -> dict[str, np.ndarray]:
-    *arrays, bandwidth_BTH = case.arrays
-    arrays = (*(jnp.asarray(array, dtype) for array in arrays), jnp.asarray(bandwidth_BTH, bandwidth_dtype))
+    *rest, bandwidth_BTH = case.arrays
+    arrays = (*(jnp.asarray(array, dtype) for array in rest), jnp.asarray(bandwidth_BTH, bandwidth_dtype))
     weight_BTHV = jnp.asarray(case.weight_BTHV, bandwidth_dtype)
     results = value_and_gradients(
         arrays, jnp.asarray(case.start_BT), jnp.asarray(case.stop_BT), weight_BTHV, operation, case.is_one_array

@@ -1,0 +1,1 @@
+"""What travels to a GPU machine: `read` uses it there, `python -m launch.gpu.bundle` makes it here."""
