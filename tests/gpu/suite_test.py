@@ -111,6 +111,31 @@ def test_a_broken_kernel_is_skipped_and_said(tmp_path: pathlib.Path):
         given.load(program)
 
 
+@pytest.mark.parametrize(
+    ("error", "missing", "failed"),
+    [
+        (context.Skipped("a kernel: it hung"), "skipped: a kernel: it hung", False),
+        (ModuleNotFoundError("No module named 'jla.ops'", name="jla.ops"), "not installed", False),
+        (
+            ModuleNotFoundError("No module named 'xprof'", name="xprof"),
+            "ModuleNotFoundError: No module named 'xprof'",
+            True,
+        ),
+        (RuntimeError("no engine\nand more"), "RuntimeError: no engine", True),
+    ],
+)
+def test_what_stands_in_the_place_of_a_figure(tmp_path: pathlib.Path, error, missing, failed) -> None:
+    from launch.gpu.bundle.read import Bundle
+    from launch.gpu.problem import DRY
+
+    given = context.Context(DRY, Bundle(None, "dry"), records.Recorder(tmp_path / "r"), {})
+    with given.attempt(by="jla", memory="long-term"):
+        raise error
+    (record,) = records.read(tmp_path / "r")
+    assert record == {"kind": "figure", "by": "jla", "memory": "long-term", "missing": missing, "failed": failed}
+    assert bool(suite.failures("reads", [record])) == failed
+
+
 def test_predictions_have_their_margin():
     """By the assumptions in suite.py: each part's, and the whole six minutes'."""
     for parts, seconds in suite.JOBS.values():

@@ -1,9 +1,10 @@
 """What a part is given: sizes, the bundle, what is broken, and where to write; and how it loads and times programs."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from launch.gpu.records import COMPILING, Recorder, first_line
 TOLERANCE = 2e-2
 TOLERANCES = {"d_bandwidth": 5e-2}
 Call = Callable[[], Any]
+_PEERS = ("torch", "tokamax", "jla")  # packages that need not be there
 
 
 class Skipped(Exception):
@@ -76,6 +78,21 @@ class Context:
             self._note(program, loaded)
         with self.record.running(program.name, program.kernels):
             return loaded.call, jax.block_until_ready(loaded.call(*arguments))
+
+    @contextlib.contextmanager
+    def attempt(self, kind: str = "figure", **fields: Any) -> Iterator[None]:
+        """Around what ends in a record of `kind`: what is raised instead is recorded in its place, and goes no further.
+
+        A peer that is not installed did not fail, and a kernel that is not run again has failed before; a peer that
+        breaks as it loads, or anything else, has failed.
+        """
+        try:
+            yield
+        except Skipped as skipped:
+            self.record(kind, **fields, missing=f"skipped: {skipped}", failed=False)
+        except Exception as error:
+            absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _PEERS
+            self.record(kind, **fields, missing="not installed" if absent else first_line(error), failed=not absent)
 
 
 def by_turns(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:

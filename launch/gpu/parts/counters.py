@@ -13,8 +13,7 @@ import sys
 
 from launch.gpu import problem as lib
 from launch.gpu.parts import read_programs, recurrence
-from launch.gpu.parts.context import Context, Skipped
-from launch.gpu.records import first_line
+from launch.gpu.parts.context import Context
 
 SECTIONS = (
     "SpeedOfLight",
@@ -98,9 +97,5 @@ def counted(context: Context) -> None:
     program = recurrence.average_program(setting, "hopper", "forward + backward", place.time)
     calls.append(functools.partial(context.first, program, *arguments))
     for call in calls:
-        try:
+        with context.attempt("note", message="not counted"):
             call()
-        except Skipped as skipped:
-            context.record("note", message=f"not counted: {skipped}")
-        except Exception as error:
-            context.record("error", message=first_line(error))

@@ -9,36 +9,31 @@ import numpy as np
 from launch.gpu import problem as lib
 from launch.gpu.parts import read_programs
 from launch.gpu.parts.context import Context, errors, spread
-from launch.gpu.parts.reads import answer_name, missing
+from launch.gpu.parts.reads import answer_name
 from launch.gpu.programs import WHAT
 from pallas_kernels.retrieval import peers
 
 
 def run(context: Context) -> None:
-    setting = context.setting
-    groups = lib.places(setting)
-    todo = [*groups["reads_long"], *groups["reads_short_and_packed"]]
-    try:
-        import torch
-    except ImportError as error:
-        for place in todo:
-            for what in WHAT:
-                context.record("figure", by="flex", **dataclasses.asdict(place), what=what, **missing(error))
-        return
-    for place in todo:
-        torch._dynamo.reset()  # no shape counts against the compiler's limit of variants
+    groups = lib.places(context.setting)
+    for place in (*groups["reads_long"], *groups["reads_short_and_packed"]):
         for what in WHAT:
-            fields = {"by": "flex", **dataclasses.asdict(place), "what": what}
-            try:
-                call, check = _entry(torch, context, place, what)
-                with context.record.running(f"flex, {what}, {place}"):
-                    context.record("check", **fields, **check(call()))
-                figures = spread(_milliseconds(torch, call, setting.seconds))
-                count = lib.pairs(lib.interval(setting, place))
-                rate = lib.flops(setting, count, what) / figures["milliseconds"] / 1e9
-                context.record("figure", **fields, **figures, pairs=count, tflops=rate)
-            except Exception as error:
-                context.record("figure", **fields, **missing(error))
+            with context.attempt(by="flex", **dataclasses.asdict(place), what=what):
+                _measure(context, place, what)
+
+
+def _measure(context: Context, place: lib.Place, what: str) -> None:
+    import torch
+
+    torch._dynamo.reset()  # no shape counts against the compiler's limit of variants
+    setting, fields = context.setting, {"by": "flex", **dataclasses.asdict(place), "what": what}
+    call, check = _entry(torch, context, place, what)
+    with context.record.running(f"flex, {what}, {place}"):
+        context.record("check", **fields, **check(call()))
+    figures = spread(_milliseconds(torch, call, setting.seconds))
+    count = lib.pairs(lib.interval(setting, place))
+    rate = lib.flops(setting, count, what) / figures["milliseconds"] / 1e9
+    context.record("figure", **fields, **figures, pairs=count, tflops=rate)
 
 
 def _entry(torch: Any, context: Context, place: lib.Place, what: str) -> tuple[Any, Any]:

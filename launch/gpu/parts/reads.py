@@ -9,10 +9,9 @@ import numpy as np
 
 from launch.gpu import problem as lib
 from launch.gpu.parts import read_programs as programs
-from launch.gpu.parts.context import Call, Context, Skipped, by_turns, errors, spread
+from launch.gpu.parts.context import Call, Context, by_turns, errors, spread
 from launch.gpu.problem import Place
 from launch.gpu.programs import WHAT
-from launch.gpu.records import first_line
 from pallas_kernels.retrieval import peers
 
 OURS = {"hopper": lib.model_bandwidth, "hopper, small bandwidth": lib.small_bandwidth}
@@ -47,8 +46,6 @@ class Entry:
 
 
 def run(context: Context, part: str) -> None:
-    import jax
-
     setting = context.setting
     for place in lib.places(setting)[part]:
         made = context.load(programs.arrays(setting, place.time))()
@@ -57,16 +54,16 @@ def run(context: Context, part: str) -> None:
             entries: dict[str, Entry] = {}
             for by in contestants(part, place, what):
                 fields = {"by": by, **dataclasses.asdict(place), "what": what}
-                try:
+                with context.attempt(**fields):
                     if by in OURS:
-                        entries[by] = _ours(context, part, place, what, by, made, ends)
+                        entry = _ours(context, part, place, what, by, made, ends)
                     else:
-                        entries[by] = _peer(context, part, place, what, by, made)
-                    context.record("check", **fields, **entries[by].error)
-                except Skipped as skipped:
-                    context.record("figure", **fields, missing=f"skipped: {skipped}", failed=False, skipped=True)
-                except Exception as error:
-                    context.record("figure", **fields, **missing(error))
+                        entry = _peer(context, part, place, what, by, made)
+                    context.record("check", **fields, **entry.error)
+                    if entry.error["ok"]:
+                        entries[by] = entry
+                    else:  # the check is what failed
+                        context.record("figure", **fields, missing="wrong values", failed=False)
             times = by_turns({by: entry.call for by, entry in entries.items()}, setting.seconds)
             for by, entry in entries.items():
                 figures = spread(times[by], times.get("hopper"))
@@ -74,9 +71,6 @@ def run(context: Context, part: str) -> None:
                 context.record(
                     "figure", by=by, **dataclasses.asdict(place), what=what, **figures, pairs=entry.pairs, tflops=rate
                 )
-            del entries
-        del made
-        jax.clear_caches()
 
 
 def _ours(context: Context, part: str, place: Place, what: str, by: str, made: tuple[Any, ...], ends: Any) -> Entry:
@@ -138,12 +132,6 @@ def _check(
     return errors(measured, lib.of_one_array(expected))
 
 
-def missing(error: Exception) -> dict[str, Any]:
-    """What stands in the place of a figure. A peer that is not there did not fail; one that breaks as it loads did."""
-    absent = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in ("torch", "tokamax", "jla")
-    return {"missing": "not installed" if absent else first_line(error), "failed": not absent}
-
-
 def xla(context: Context) -> None:
     """The XLA path by itself: a loop of thousands of small kernels, which would make the others wait."""
     import jax
@@ -154,7 +142,7 @@ def xla(context: Context) -> None:
             place = Place(memory, "unpacked", time)
             for what in WHAT:
                 fields = {"by": "xla", **dataclasses.asdict(place), "what": what}
-                try:
+                with context.attempt(**fields):
                     ends = lib.interval(setting, place)
                     bandwidth = lib.model_bandwidth(setting, place)
                     made = context.load(programs.arrays(setting, time))()
@@ -163,8 +151,6 @@ def xla(context: Context) -> None:
                     figures = spread(by_turns({"xla": functools.partial(call, *arguments)}, setting.seconds)["xla"])
                     rate = lib.flops(setting, lib.pairs(ends), what) / figures["milliseconds"] / 1e9
                     context.record("figure", **fields, **figures, pairs=lib.pairs(ends), tflops=rate)
-                except Exception as error:
-                    context.record("figure", **fields, **missing(error))
 
 
 def tokamax(context: Context) -> None:
@@ -176,7 +162,7 @@ def tokamax(context: Context) -> None:
     for place in (*groups["reads_long"], *groups["reads_short_and_packed"]):
         for what in WHAT:
             fields = {"by": "tokamax", **dataclasses.asdict(place), "what": what}
-            try:
+            with context.attempt(**fields):
                 made = context.load(programs.arrays(setting, place.time))()
                 bandwidth = jax.device_put(lib.small_bandwidth(setting, place))
                 ready = context.load(programs.ready(setting, place.time, 0))(*made, bandwidth)
@@ -187,8 +173,6 @@ def tokamax(context: Context) -> None:
                 figures = spread(by_turns(calls, setting.seconds)["tokamax"])
                 rate = lib.flops(setting, lib.pairs(ends), what) / figures["milliseconds"] / 1e9
                 context.record("figure", **fields, **figures, pairs=lib.pairs(ends), tflops=rate)
-            except Exception as error:
-                context.record("figure", **fields, **missing(error))
 
 
 RUN: dict[str, Callable[[Context], None]] = {

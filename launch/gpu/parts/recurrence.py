@@ -1,14 +1,14 @@
 """`leaky_average` beside a copy that moves the least bytes it needs, by turns."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from launch.gpu import problem as lib
 from launch.gpu.parts import read_programs
-from launch.gpu.parts.context import Context, Skipped, by_turns, spread
-from launch.gpu.parts.reads import missing
+from launch.gpu.parts.context import Context, by_turns, spread
 from launch.gpu.problem import Place, Setting
 from launch.gpu.programs import (
     WHAT,
@@ -72,16 +72,12 @@ def run(context: Context) -> None:
         cotangent, key, _ = context.load(read_programs.arrays(setting, length))()
         arguments = (cotangent, key, *map(jax.device_put, inputs(setting, length)))
         for what in WHAT:
-            fields = {"memory": "recurrence", "rows": "packed", "time": length, "what": what}
+            fields: dict[str, Any] = {"memory": "recurrence", "rows": "packed", "time": length, "what": what}
             calls = {}
             for by in ("hopper", "xla"):
-                try:
+                with context.attempt(by=by, **fields):
                     call, _ = context.first(average_program(setting, by, what, length), *arguments)
                     calls[by] = functools.partial(call, *arguments)
-                except Skipped as skipped:
-                    context.record("figure", by=by, **fields, missing=f"skipped: {skipped}", failed=False, skipped=True)
-                except Exception as error:
-                    context.record("figure", by=by, **fields, **missing(error))
             least = lib.least_bytes(setting, length, what)
             copy = context.load(copy_program(lib.half_the_numbers(setting, length, what)))
             source = jax.device_put(np.ones(lib.half_the_numbers(setting, length, what), np.float32))
