@@ -9,11 +9,8 @@ trained, killed after a checkpoint, and trained on. What the two lives wrote say
 
 import dataclasses
 import json
-import os
 import pathlib
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +31,6 @@ _BUNDLE = flags.DEFINE_string("bundle", "build/gpu", "directory of the bundle, w
 _TEXT = flags.DEFINE_string("text", "", "what claims are made of, as `launch.claims --text` takes it")
 _DRY = flags.DEFINE_bool("dry", False, "tiny, on a CPU: a trial of the job itself")
 
-_POLL = 0.5
 _CURVE_POINTS = 40
 
 
@@ -64,6 +60,8 @@ def main() -> None:
             started = time.monotonic()
             found["state"] = run(step, work, page.log)
             found["seconds"], results["seconds"] = time.monotonic() - started, time.monotonic() - begin
+            for part in results["parts"].values():
+                part["records"] = []  # those of the last step tell of all
             try:
                 found["records"] = read(work)
             except Exception as error:  # whatever a file that was cut off makes of its reader
@@ -77,26 +75,19 @@ def main() -> None:
 
 def run(step: Step, work: pathlib.Path, log: pathlib.Path) -> str:
     """The state in which a step ended."""
-    env = suite.environment(suite.Part(step.name, step.limit), _DRY.value, str(work / "site"))
-    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
-    begin = time.monotonic()
-    with open(log, "ab") as file:
-        child = subprocess.Popen(
-            [sys.executable, "-m", *step.words], cwd=bundles.ROOT, env=env, stdout=file, stderr=file,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-    while child.poll() is None:
-        late = time.monotonic() - begin > step.limit
-        if late or (step.kill_when is not None and step.kill_when()):
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            if late:
-                return f"failed: killed after {step.limit:.0f} s"
+    part = suite.Part(step.name, step.limit, environment={"XLA_PYTHON_CLIENT_PREALLOCATE": "true"})
+    env = suite.environment(part, _DRY.value, str(work / "site"))
+    words = [sys.executable, "-m", *step.words]
+    child = suite.Child(part, words, env, work / f"{report.slug(step.name)}.jsonl", log)
+    while (code := child.wait(step.limit)) is None:
+        if step.kill_when is not None and step.kill_when():
+            child.kill()
             return "passed"
-        time.sleep(_POLL)
+    if child.failed:
+        return f"failed: {child.reason}"
     if step.kill_when is not None:
-        return f"failed: it ended by itself, with {child.returncode}, before it was to be killed"
-    return "passed" if child.returncode == 0 else f"failed: exit code {child.returncode}"
+        return f"failed: it ended by itself, with {code}, before it was to be killed"
+    return "passed"
 
 
 # --- A run: killed, and trained on. ---
@@ -105,7 +96,7 @@ def run(step: Step, work: pathlib.Path, log: pathlib.Path) -> str:
 def _train_steps(work: pathlib.Path) -> list[Step]:
     fields: dict[str, Any] = {"data.path": work / "corpus"}
     if _DRY.value:
-        config, size, limits = "configs/tiny.py", 200_000, (900.0, 900.0, 900.0)
+        config, size, limits = "configs/tiny.py", 3_000_000, (900.0, 900.0, 900.0)
         fields |= {"run.steps": 300, "run.log_every": 10, "run.eval_every": 300, "run.eval_batches": 1}
         fields |= {"checkpoint.every": 20, "data.context": 64, "data.batch": 2, "model.layers": 1}
     else:
@@ -188,7 +179,10 @@ def _claims_steps(work: pathlib.Path) -> list[Step]:
         )
     if _TEXT.value:
         words += (f"--text={_TEXT.value}",)
-    return [Step("claims", 900.0 if _DRY.value else 570.0, words)]
+    if not _DRY.value:
+        return [Step("claims", 570.0, words)]
+    # Its own tests train and ask to the end; here it is enough that it begins, and is read when it is cut off.
+    return [Step("claims", 900.0, words, lambda: any(r["kind"] == "value" for r in _read_claims(work)))]
 
 
 def _read_claims(work: pathlib.Path) -> list[dict[str, Any]]:

@@ -183,17 +183,12 @@ class Child:
 
     def __init__(self, part: Part, words: list[str], env: dict[str, str], found: pathlib.Path, log: pathlib.Path):
         """`words` are the command, which writes its records to `found`."""
-        self.part, self._records = part, found
+        self.part, self._records, self._log = part, found, log
+        self._printed = found.with_suffix(".txt")
         self._begin, self._killed = time.monotonic(), False
-        with open(log, "ab") as file:
+        with open(self._printed, "wb") as file:
             self._process = subprocess.Popen(
-                words,
-                cwd=ROOT,
-                env=env,
-                stdout=file,
-                stderr=file,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                words, cwd=ROOT, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
     @property
@@ -209,7 +204,12 @@ class Child:
         code = self._process.returncode
         if self._killed:
             return f"killed after {self._seconds:.0f} s"
-        return f"it ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"it ended with {how}, and printed last: {self._last_line()}"
+
+    def _last_line(self) -> str:
+        lines = self._printed.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1][-300:] if lines else "nothing"
 
     def wait(self, limit: float) -> int | None:
         """The exit code, or None after a little while. What runs past `limit` is killed, with all it started."""
@@ -220,10 +220,21 @@ class Child:
             compiled = sum(record["kind"] == records.COMPILING for record in self.records)
             if self._seconds <= limit + _COMPILING * compiled:
                 return None
-            self._killed = True
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self.kill()
+        else:
+            self._keep_what_it_printed()
         return self._process.returncode
+
+    def kill(self) -> None:
+        """And all that it started."""
+        self._killed = True
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._keep_what_it_printed()
+
+    def _keep_what_it_printed(self) -> None:
+        with open(self._log, "ab") as log:
+            log.write(f"--- {self.part.name}\n".encode() + self._printed.read_bytes())
 
     def state(self, limit: float) -> str:
         """ "passed", or "failed" with a reason that is not among the records."""

@@ -39,6 +39,7 @@ def main() -> None:
             signal.pause()
     elif given.name == "dies":
         with record.running("another program", ("another kernel",)):
+            print("famous last words", flush=True)
             os.kill(os.getpid(), signal.SIGSEGV)
     elif given.name == "raises":
         try:

@@ -59,9 +59,12 @@ def test_a_part_that_hangs_is_killed_and_its_kernels_are_not_run_again(run):
     assert tables.failures(results) == ["hangs: " + hung["state"].removeprefix("failed: ")]
 
 
-def test_a_part_that_dies_takes_its_kernel_with_it(run):
+def test_a_part_that_dies_takes_its_kernel_with_it(run, tmp_path):
+    log = tmp_path / "log"
     results, runner = run(_part("dies", 20), _part("raises", 20))
-    assert results["parts"]["dies"]["state"].startswith("failed: it ended with SIGSEGV")
+    state = results["parts"]["dies"]["state"]
+    assert state.startswith("failed: it ended with SIGSEGV, and printed last: famous last words")
+    assert "--- dies\nfamous last words\n--- raises\n" in log.read_text()
     assert results["parts"]["raises"]["state"] == "failed"
     assert list(runner.broken) == ["another kernel", "a third kernel"]
     assert "ILLEGAL_ADDRESS" in runner.broken["a third kernel"]
