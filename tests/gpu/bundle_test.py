@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import pickle
 import subprocess
 import sys
 import zipfile
@@ -47,6 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         patch.setattr(make, "everything", lambda setting: everything)
         entry = make.make_program(str(directory), "dry", PROGRAM.name)
     assert entry["bytes"] > 1000
+    assert (entry["arguments"], entry["results"]) == (4, 4)
     np.savez(directory / "answers.npz", **{"a problem/output": np.arange(3.0), "another/output": np.zeros(2)})
     return _write(directory, programs={PROGRAM.name: entry}, answers=["a problem", "another"])
 
@@ -131,7 +131,11 @@ def test_without_a_bundle_everything_is_compiled() -> None:
 def test_a_program_that_cannot_be_loaded_is_compiled(made, tmp_path, name, carried, why) -> None:
     (tmp_path / "programs").mkdir()
     (tmp_path / "programs" / "spoilt.xz").write_bytes(b"not a program")
-    entries = {"spoilt": {"bytes": 1}, "not made": {"missing": "ImportError: no such peer"}, PROGRAM.name: {}}
+    entries = {
+        "spoilt": {"bytes": 1, "arguments": 1, "results": 1},
+        "not made": {"missing": "ImportError: no such peer"},
+        PROGRAM.name: {},
+    }
     bundle = read.Bundle(_write(tmp_path, programs=entries), "dry")
     loaded = bundle.load(programs.Program(name, PROGRAM.make, carried=carried))
     assert loaded.how == read.COMPILED
@@ -290,13 +294,3 @@ def test_intervals_are_the_models() -> None:
     ]:
         for end, other in zip(measured, expected, strict=True):
             np.testing.assert_array_equal(end, other)
-
-
-def test_a_payload_is_one_pickle(made: pathlib.Path) -> None:
-    """What `read` expects: the executable, and how many arrays go in and come out."""
-    import lzma
-
-    (path,) = (made / "programs").iterdir()
-    payload, arguments, results = pickle.loads(lzma.decompress(path.read_bytes()))
-    assert (arguments, results) == (4, 4)
-    assert isinstance(payload, bytes)

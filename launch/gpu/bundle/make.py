@@ -4,7 +4,6 @@ import contextlib
 import lzma
 import os
 import pathlib
-import pickle
 import sys
 import tempfile
 import time
@@ -61,12 +60,15 @@ def make_program(directory: str, setting: str, name: str) -> dict[str, Any]:
             payload, _, results = serialize_executable.serialize(compiled)
     except Exception as error:  # of many kinds: a peer's, the compiler's
         return {"missing": first_line(error), "seconds": time.monotonic() - begin}
-    packed = lzma.compress(pickle.dumps((payload, len(arguments), results.num_leaves)), preset=lzma.PRESET_DEFAULT)
+    packed = lzma.compress(payload)
     path = pathlib.Path(directory) / "programs" / f"{file_name(name)}.xz"
     partial = path.with_suffix(".partial")
     partial.write_bytes(packed)
     os.replace(partial, path)
-    return {"bytes": len(packed), "seconds": time.monotonic() - begin}
+    return {
+        "bytes": len(packed), "arguments": len(arguments), "results": results.num_leaves,
+        "seconds": time.monotonic() - begin,
+    }  # fmt: skip
 
 
 def _h100() -> Any:

@@ -7,6 +7,8 @@
 
 A bundle of other sources, another jax or a CUDA that the driver does not know is refused by name. Whatever is refused,
 or does not load, is compiled on the spot instead, and the report says so.
+
+A bundle is programs: load one that you made, as you would run a script.
 """
 
 import ctypes
@@ -15,7 +17,6 @@ import hashlib
 import json
 import lzma
 import pathlib
-import pickle
 import time
 from collections.abc import Callable
 from typing import Any
@@ -95,12 +96,13 @@ class Bundle:
 
         if program.name not in self.manifest["programs"]:
             raise ValueError("it is not in the bundle")
-        if reason := self.manifest["programs"][program.name].get("missing"):
+        entry = self.manifest["programs"][program.name]
+        if reason := entry.get("missing"):
             raise ValueError(f"it was not made: {reason}")
         assert self.directory is not None
         path = self.directory / "programs" / f"{file_name(program.name)}.xz"
-        payload, arguments, results = pickle.loads(lzma.decompress(path.read_bytes()))
-        trees = jax.tree.structure(((0,) * arguments, {})), jax.tree.structure((0,) * results)
+        payload = lzma.decompress(path.read_bytes())
+        trees = jax.tree.structure(((0,) * entry["arguments"], {})), jax.tree.structure((0,) * entry["results"])
         devices = jax.devices()[:1]
         return serialize_executable.deserialize_and_load(payload, *trees, execution_devices=devices)
 
