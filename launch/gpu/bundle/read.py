@@ -27,10 +27,10 @@ from launch.gpu.programs import Program, file_name
 from launch.gpu.records import first_line
 
 ROOT = pathlib.Path(__file__).parents[3]
-# What programs and answers are made of.
+# What programs and answers are made of, and how they are written.
 SOURCES = (
     "mosaics_jax/**/*.py", "pallas_kernels/**/*.py", "configs/*.py", "launch/gpu/programs.py", "launch/gpu/problem.py",
-    "launch/gpu/parts/*.py",
+    "launch/gpu/parts/*.py", "launch/gpu/bundle/*.py",
 )  # fmt: skip
 
 
