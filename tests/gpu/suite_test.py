@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -17,7 +18,7 @@ from launch.gpu.suite import CANARY_PART, Part
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = pathlib.Path(__file__).parent
 KERNEL = "retrieve forward, K = 128, unit norm"
-LIMIT = 5.0  # seconds that a part which hangs is given: for Python to start, on a busy machine
+LIMIT = 10.0  # seconds that a part which hangs is given: for Python to start, on a busy machine
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def _part(name: str, limit: float = LIMIT) -> Part:
 def test_a_part_that_hangs_is_killed_and_its_kernels_are_not_run_again(run):
     results, runner = run(_part("hangs"), _part("fine", 20))
     hung, fine = results["parts"]["hangs"], results["parts"]["fine"]
-    assert hung["state"].startswith("failed: killed after 5 s, while 'a program' ran")
+    assert re.fullmatch(r"failed: killed after \d+ s, while 'a program' ran", hung["state"])
     assert hung["records"][1]["tflops"] == 1.0  # what it had found stays
     assert list(runner.broken) == [KERNEL]
     assert "'a program' ran: killed" in runner.broken[KERNEL]
@@ -72,7 +73,8 @@ def test_a_part_that_dies_takes_its_kernel_with_it(run, tmp_path):
 
 def test_what_compiles_on_the_card_has_longer(run):
     results, _ = run(_part("compiles"))
-    assert results["parts"]["compiles"]["state"].startswith("failed: killed after 10 s")
+    (seconds,) = re.findall(r"^failed: killed after (\d+) s", results["parts"]["compiles"]["state"])
+    assert int(seconds) >= 2 * LIMIT
 
 
 def test_half_a_record_is_not_read(run):
@@ -84,8 +86,8 @@ def test_the_canary_says_which_kernels_are_broken(run):
     results, runner = run(CANARY_PART)
     expected = {
         "retrieve forward, K = 64, unit norm": "wrong values",
-        "leaky_average forward, K = 64": "K = 64' ran: killed after 5 s",
-        "leaky_average gradient, K = 64": "the canary did not reach it; failed: killed after 5 s",
+        "leaky_average forward, K = 64": "K = 64' ran: killed after",
+        "leaky_average gradient, K = 64": "the canary did not reach it; failed: killed after",
     }
     assert set(runner.broken) == set(expected)
     for kernel, why in expected.items():
@@ -208,8 +210,6 @@ def test_errors_are_of_norms_and_a_nan_is_wrong():
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: pathlib.Path, arguments: list[str], message: str) -> None:
-    import re
-
     env = {name: value for name, value in os.environ.items() if name != "OUT"} | {"PATH": "/nowhere"}
     command = [sys.executable, "-m", "launch.gpu", f"--output={tmp_path / 'out'}", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=env)
