@@ -7,8 +7,9 @@ from typing import Any
 
 from launch.gpu import problem, tables
 from launch.gpu.bundle import read as bundles
+from launch.gpu.report import RESULTS
+from mosaics_jax.data.corpus import write_whole
 
-RESULTS = bundles.ROOT / "docs/results/gpu"
 _KERNELS = ("pallas_kernels/**/*.py",)
 _MODEL = (*_KERNELS, "mosaics_jax/nn/*.py", "mosaics_jax/*.py", "mosaics_jax/data/*.py")
 
@@ -134,4 +135,4 @@ def page(text: str) -> str:
 
 def write_readme() -> None:
     path = RESULTS / "README.md"
-    path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    write_whole(path, page(path.read_text(encoding="utf-8")).encode())

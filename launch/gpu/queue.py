@@ -47,7 +47,7 @@ def run(job: jobs.Job, output: str, dry: bool) -> int:
     """The job's exit code; it is killed, with all that it started, a little after its minutes are over."""
     words = [sys.executable, "-m", *job.command, f"--output={output}"]
     if dry:
-        words += ["--dry", "--bundle="] if job.command[0] == "launch.gpu" else ["--dry"]
+        words.append("--dry")
     print(f"\n{job.name}: {' '.join(words)}", flush=True)
     child = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
     try:

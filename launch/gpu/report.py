@@ -11,9 +11,11 @@ from typing import Any
 
 from launch.gpu import tables
 from launch.gpu.bundle import read as bundles
+from mosaics_jax.data.corpus import write_whole
 
 _SHOWN = 30  # failures printed; the table has them all
 _PACKAGES = ("jax", "jaxlib", "torch", "flax", "optax", "orbax-checkpoint", "numpy", "jax-linear-attention", "tokamax")
+RESULTS = bundles.ROOT / "docs/results/gpu"
 Results = dict[str, Any]
 
 
@@ -43,10 +45,7 @@ class Report:
             (".json", json.dumps(self.results, indent=1) + "\n"),
             (".md", tables.markdown(self.results)),
         ):
-            path = self._path(suffix)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(self._path(suffix), text.encode())
 
     def __str__(self) -> str:
         return str(self._path(".md"))
@@ -61,7 +60,7 @@ def begun(job: str, sources: str, carried: bundles.Bundle, dry: bool) -> Results
     card = {"device": "CPU", "driver": "none", "memory": ""} if dry else look()
     return {
         "job": job, **card, "dry": dry, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": carried.manifest.get("commit") or _commit(), "sources": sources,
+        "commit": carried.manifest.get("commit") or bundles.commit(), "sources": sources,
         "bundle": carried.refusal or f"of commit {carried.manifest['commit']}, {carried.manifest['compiler']}",
         "packages": {name: _version(name) for name in _PACKAGES}, "seconds": 0.0, "broken": {}, "parts": {},
     }  # fmt: skip
@@ -69,7 +68,7 @@ def begun(job: str, sources: str, carried: bundles.Bundle, dry: bool) -> Results
 
 def folder(given: str | None) -> pathlib.Path:
     """Where results go: what is given, $OUT, or the project's own place."""
-    return pathlib.Path(given or os.environ.get("OUT") or bundles.ROOT / "docs/results/gpu").expanduser().absolute()
+    return pathlib.Path(given or os.environ.get("OUT") or RESULTS).expanduser().absolute()
 
 
 def conclude(page: "Report") -> int:
@@ -104,14 +103,6 @@ def look() -> dict[str, str]:
             f"the GPU suite cannot run on {name}, of compute capability {capability}; legal: 9.0, or --dry on a CPU"
         )
     return {"device": name, "driver": driver, "memory": memory}
-
-
-def _commit() -> str:
-    try:
-        words = ["git", "-C", str(bundles.ROOT), "rev-parse", "HEAD"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _version(distribution: str) -> str:

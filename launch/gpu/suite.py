@@ -31,6 +31,7 @@ _CANARY_PROCESS = 20.0  # seconds after which a canary's process is killed
 _COMPILING = 45.0  # more, for each program that a part has to compile on the card
 _DRY = 900.0  # every limit of a dry run: it is interpreted, and beside other tests
 _POLL = 0.2
+_SAVE_EVERY = 1.0  # seconds: what a run that is cut off may lose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +126,12 @@ class Runner:
     def _one(self, part: Part, result: dict[str, Any], limit: float) -> None:
         argument = str(self._log.with_suffix(".counters.csv")) if part.name == "counters" else ""
         child = self._start(part, argument)
+        saved = 0.0
         while child.wait(limit) is None:
-            result["records"] = child.records
-            self._save()
+            if time.monotonic() - saved >= _SAVE_EVERY:
+                result["records"] = child.records
+                self._save()
+                saved = time.monotonic()
         result["records"] = child.records
         result["state"] = child.state(limit)
         self._learn(child)

@@ -21,6 +21,7 @@ from absl import flags
 from launch import command
 from launch.gpu.bundle import wheels
 from launch.gpu.bundle.read import ROOT
+from mosaics_jax.data.corpus import write_whole
 
 _OUTPUT = flags.DEFINE_string("output", "build/gpu", "directory of the bundle")
 _DRY = flags.DEFINE_bool("dry", False, "tiny programs for this machine's CPU")
@@ -88,14 +89,13 @@ def _manifest(directory: pathlib.Path, setting: str) -> dict[str, Any]:
 
 def _commit() -> str:
     """The commit of the checkout, and whether it has changes of its own."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("-changed" if changed else "")
+    from launch.gpu.bundle.read import commit
+
+    if (found := commit()) == "unknown":
+        return found
+    words = ["git", "-C", str(ROOT), "status", "--porcelain"]
+    changed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return found + ("-changed" if changed else "")
 
 
 def _compiler() -> tuple[str, str]:
@@ -146,9 +146,7 @@ def _before(directory: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any]
 def _save(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
     import json
 
-    partial = directory / "manifest.json.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, directory / "manifest.json")
+    write_whole(directory / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def _tidy(directory: pathlib.Path, manifest: dict[str, Any]) -> int:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import lzma
 import pathlib
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -144,6 +145,15 @@ def fingerprint(root: pathlib.Path = ROOT, patterns: tuple[str, ...] = SOURCES) 
         for path in sorted(root.glob(pattern)):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def commit() -> str:
+    """The commit of this checkout; "unknown" where it is none."""
+    try:
+        words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def driver_version() -> tuple[int, int] | None:
