@@ -96,6 +96,16 @@ def read_kernels(width: int = 128, unit_norm: bool = True) -> dict[str, str]:
     return {kernel: f"retrieve {kernel}, {kind}" for kernel in ("forward", "query gradient", "key gradient")}
 
 
+# Of one kernel by itself: which of (query, key, value, bandwidth) get gradients, and what its program gives. What no
+# gradient is asked of is cut out of the program, so that each runs one backward kernel.
+READ_MOVING = {"query gradient": (0, 3), "key gradient": (1, 2)}
+READ_RESULTS = {
+    "forward": ("output",),
+    "query gradient": ("output", "d_query", "d_bandwidth"),
+    "key gradient": ("output", "d_key", "d_value"),
+}
+
+
 def average_kernels(width: int = 128) -> dict[str, str]:
     return {kernel: f"leaky_average {kernel}, K = {width}" for kernel in ("forward", "gradient")}
 

@@ -16,6 +16,8 @@ from launch.gpu.programs import (
     CANARY,
     CANARY_HEADS,
     CANARY_TIME,
+    READ_MOVING,
+    READ_RESULTS,
     Flat,
     Made,
     Program,
@@ -31,11 +33,6 @@ from launch.gpu.records import first_line
 from pallas_kernels import answers
 from pallas_kernels.retrieval import cases
 
-_READ_RESULTS = {
-    "forward": ("output",),
-    "query gradient": ("output", "d_query", "d_bandwidth"),
-    "key gradient": ("output", "d_key", "d_value"),
-}
 _AVERAGE_RESULTS = {"forward": ("output",), "gradient": ("output", "d_input", "d_log_gate", "d_log_decay")}
 
 
@@ -52,11 +49,7 @@ def programs(setting: Setting, group: str) -> dict[str, Program]:
         names = read_kernels(width, unit_norm)
         arguments = read_arguments(1, time, heads, width)
         operation = read(setting, unit_norm)
-        # What no gradient is asked of is cut out of the program, so each of these runs one backward kernel.
-        functions = {
-            "query gradient": with_gradients(operation, (0, 3)),
-            "key gradient": with_gradients(operation, (1, 2)),
-        }
+        functions = {kernel: with_gradients(operation, moving) for kernel, moving in READ_MOVING.items()}
     functions = {"forward": lambda cotangent, *arrays: (operation(*arrays),), **functions}
     return {
         kernel: Program(f"canary {names[kernel]}", functools.partial(Made, function, arguments), (names[kernel],))
@@ -66,7 +59,7 @@ def programs(setting: Setting, group: str) -> dict[str, Program]:
 
 def results_of(group: str) -> dict[str, tuple[str, ...]]:
     """The names of what each kernel's program gives."""
-    return _READ_RESULTS if group.startswith("retrieve") else _AVERAGE_RESULTS
+    return READ_RESULTS if group.startswith("retrieve") else _AVERAGE_RESULTS
 
 
 def inputs(setting: Setting, group: str) -> list[np.ndarray]:

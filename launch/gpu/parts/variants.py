@@ -7,15 +7,17 @@ from launch.gpu.parts import read_programs
 from launch.gpu.parts.context import Context, by_turns, errors, spread
 from launch.gpu.parts.reads import answer_name
 from launch.gpu.problem import Setting
-from launch.gpu.programs import Made, Program, read, read_arguments, read_kernels, with_gradients
+from launch.gpu.programs import (
+    READ_MOVING,
+    READ_RESULTS,
+    Made,
+    Program,
+    read,
+    read_arguments,
+    read_kernels,
+    with_gradients,
+)  # fmt: skip
 from pallas_kernels.retrieval.hopper import TILING, Tiling
-
-_RESULTS = {
-    "forward": ("output",),
-    "query gradient": ("output", "d_query", "d_bandwidth"),
-    "key gradient": ("output", "d_key", "d_value"),
-}
-
 
 VARIANTS = {
     "forward": {
@@ -29,13 +31,12 @@ VARIANTS = {
     },
     "key gradient": {"3 buffers": Tiling(key_stages=3)},
 }
-MOVING = {"query gradient": (0, 3), "key gradient": (1, 2)}
 
 
 def variant(setting: Setting, kernel: str, name: str, tiling: Tiling) -> Program:
     """(cotangent, query, key, value, bandwidth, start, stop) -> output, or output and what the kernel makes."""
     operation = read(setting, tiling=tiling)
-    function = with_gradients(operation, MOVING[kernel]) if kernel != "forward" else None
+    function = with_gradients(operation, READ_MOVING[kernel]) if kernel != "forward" else None
     made = functools.partial(
         Made,
         function or (lambda cotangent, *given: (operation(*given),)),
@@ -74,7 +75,7 @@ def run(context: Context) -> None:
                 fields = {"kernel": kernel, "variant": name, "by": by}
                 with context.attempt("variant", **fields):
                     call, results = context.first(program, *arguments)
-                    measured = lib.sampled(dict(zip(_RESULTS[kernel], results, strict=True)), place.time)
+                    measured = lib.sampled(dict(zip(READ_RESULTS[kernel], results, strict=True)), place.time)
                     found = errors(measured, expected)
                     context.record("check", **fields, memory=place.memory, rows=place.rows, **found)
                     if found["ok"]:
