@@ -38,7 +38,7 @@ def tiny_config(corpus: pathlib.Path | str = "", **changes: Any) -> config_lib.C
     values["data"] |= {"path": str(corpus), "context": 32, "batch": 4}
     values["optimizer"] |= {"peak_learning_rate": 1e-2, "warmup_steps": 2}
     values["run"] |= {
-        "compilation_cache": "",
+        "compilation_cache": "auto" if "JAX_COMPILATION_CACHE_DIR" in os.environ else "",
         "steps": 8,
         "log_every": 2,
         "eval_every": 4,

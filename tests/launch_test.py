@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def _run(module: str, *arguments: str | pathlib.Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"launch.{module}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
 
 
 def _assert_user_error(result: subprocess.CompletedProcess, pattern: str) -> None:

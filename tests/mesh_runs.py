@@ -34,6 +34,8 @@ MESHES: dict[str, dict[str, int]] = {
     "sequence": {"sequence": 8},
     "data_sequence_tensor": {"data": 2, "sequence": 2, "tensor": 2},
 }
+# A transformer shares all but its attention with a mosaic: every axis once, beside another.
+MODELS = {"mosaic": list(MESHES), "transformer": ["one", "fsdp_tensor", "fsdp_sequence", "data_sequence_tensor"]}
 
 
 def config(name: str, **mesh: int) -> Config:
@@ -74,12 +76,14 @@ def run(of: Config, devices: int) -> dict[str, np.ndarray]:
             (specs, sharding.BATCH, everywhere),
             (everywhere, specs, everywhere),
         )
-        _, grads, health = jax.device_get(jax.jit(gradients)(state.params, rows[0], jnp.int32(5)))
+        evaluate = make_eval_step(of)
+        both = jax.jit(lambda params, batch, delay: (gradients(params, batch, delay), evaluate(params, batch)))
+        (_, grads, health), evaluated = jax.device_get(both(state.params, rows[0], jnp.int32(5)))
         result = {
             f"grad{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
         }
         result |= {f"health{jax.tree_util.keystr(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(health)}
-        result["eval"] = np.stack(jax.device_get(jax.jit(make_eval_step(of))(state.params, rows[0])))
+        result["eval"] = np.stack(evaluated)
         step = jax.jit(make_train_step(of), donate_argnums=0)
         losses, delays = [], []
         for batch in rows:
@@ -117,7 +121,8 @@ def programs(directory: pathlib.Path) -> None:
 def main(name: str, directory: str) -> None:
     if name == "programs":
         return programs(pathlib.Path(directory))
-    for mesh, sizes in MESHES.items():
+    for mesh in MODELS[name]:
+        sizes = MESHES[mesh]
         devices = int(np.prod(list(sizes.values())))
         np.savez(pathlib.Path(directory) / f"{mesh}.npz", **run(config(name, **sizes), devices))  # type: ignore[arg-type]
 

@@ -1,5 +1,6 @@
 """A mesh changes no number: losses, gradients, metrics and evaluations of a model on eight CPU devices."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -10,25 +11,28 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes, and more where other tests run beside it
+_EACH = [(model, mesh) for model, meshes in mesh_runs.MODELS.items() for mesh in meshes if mesh != "one"]
 
 
-@pytest.fixture(scope="module", params=["mosaic", "transformer"])
-def results(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(ROOT / "tests" / "mesh_runs.py"), request.param, str(directory)]
-    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=500)
-    return {path.stem: dict(np.load(path)) for path in directory.glob("*.npz")}
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What a model gives on each of its meshes, by the model's name."""
+
+    @functools.cache
+    def of(model):
+        directory = tmp_path_factory.mktemp(model)
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, str(ROOT / "tests" / "mesh_runs.py"), model, str(directory)]
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        return {path.stem: dict(np.load(path)) for path in directory.glob("*.npz")}
+
+    return of
 
 
-def _others():
-    return [name for name in mesh_runs.MESHES if name != "one"]
-
-
-@pytest.mark.parametrize("mesh", _others())
-def test_losses_of_twenty_steps(results, mesh):
-    one, many = results["one"], results[mesh]
+@pytest.mark.parametrize(("model", "mesh"), _EACH)
+def test_losses_of_twenty_steps(results, model, mesh):
+    one, many = results(model)["one"], results(model)[mesh]
     np.testing.assert_array_equal(many["delay"], one["delay"])
     assert len(set(one["delay"])) > 3
     assert one["loss"][-1] < one["loss"][0] - 0.5  # it learns: the weights of every step matter
@@ -36,9 +40,9 @@ def test_losses_of_twenty_steps(results, mesh):
     np.testing.assert_allclose(many["eval"], one["eval"], rtol=2e-6)
 
 
-@pytest.mark.parametrize("mesh", _others())
-def test_gradients_of_every_parameter(results, mesh):
-    one, many = results["one"], results[mesh]
+@pytest.mark.parametrize(("model", "mesh"), _EACH)
+def test_gradients_of_every_parameter(results, model, mesh):
+    one, many = results(model)["one"], results(model)[mesh]
     names = [name for name in one if name.startswith(("grad", "health"))]
     assert len(names) > 12
     for name in names:
@@ -47,9 +51,9 @@ def test_gradients_of_every_parameter(results, mesh):
         assert np.abs(many[name] - one[name]).max() <= 3e-5 * scale, name
 
 
-def test_no_device_makes_a_weight_whole(results):
-    assert results["one"]["makes_whole"]
-    for mesh in _others():
-        sizes = mesh_runs.MESHES[mesh]
-        if sizes.get("fsdp", 1) * sizes.get("tensor", 1) > 1:
-            assert not results[mesh]["makes_whole"], mesh
+@pytest.mark.parametrize(("model", "mesh"), _EACH)
+def test_no_device_makes_a_weight_whole(results, model, mesh):
+    assert results(model)["one"]["makes_whole"]
+    sizes = mesh_runs.MESHES[mesh]
+    if sizes.get("fsdp", 1) * sizes.get("tensor", 1) > 1:
+        assert not results(model)[mesh]["makes_whole"]

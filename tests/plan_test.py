@@ -93,7 +93,7 @@ def _plan(*arguments, path=""):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{path}"}
     return subprocess.run(
         [sys.executable, "-m", "launch.plan", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False,
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500, check=False,
     )  # fmt: skip
 
 

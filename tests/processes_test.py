@@ -17,6 +17,7 @@ from mosaics_jax import processes
 from mosaics_jax.config import MeshConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
+PATIENCE = 500  # seconds until a process that does not end, or come so far, is given up: other tests run beside it
 
 
 # Who a process is, from what a scheduler tells it.
@@ -77,7 +78,7 @@ def _port():
         return free.getsockname()[1]
 
 
-def _start(config, workdir, count, only=None, wait=60, heartbeat=10, devices=1):
+def _start(config, workdir, count, only=None, wait=200, heartbeat=10, devices=1):
     """`count` training processes, or the ones named; their output goes to files beside the workdir."""
     port, started = _port(), []
     for process in range(count) if only is None else only:
@@ -92,7 +93,7 @@ def _start(config, workdir, count, only=None, wait=60, heartbeat=10, devices=1):
     return started
 
 
-def _finish(started, timeout=240):
+def _finish(started, timeout=PATIENCE):
     codes = [process.wait(timeout) for process in started]
     return codes
 
@@ -106,7 +107,7 @@ def _log(workdir, process):
     return (workdir.parent / f"{workdir.name}.{process}.log").read_text()
 
 
-def _await_step(workdir, step, started, seconds=120):
+def _await_step(workdir, step, started, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not (workdir / "checkpoints" / str(step)).is_dir():
         assert all(process.poll() is None for process in started), _log(workdir, 0)
@@ -147,6 +148,7 @@ MESHES = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MESHES)
 def test_several_processes_train_as_one_does(name, corpus, alone, tmp_path):
     count, devices, mesh = MESHES[name]
@@ -158,6 +160,7 @@ def test_several_processes_train_as_one_does(name, corpus, alone, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_processes_evaluate_as_one_does(corpus, tmp_path):
     """Killed after some answers and gone on, two processes write what one does."""
     from mosaics_jax.train import train
@@ -191,21 +194,23 @@ def test_two_processes_evaluate_as_one_does(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not installed; apt-get install openmpi-bin")
 def test_open_mpi_tells_the_processes_who_they_are(corpus, alone, tmp_path):
     workdir = tmp_path / "run"
     config = _config(corpus, **{"mesh.fsdp": 2, "mesh.processes": 2})
     command = [
         "mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m", "launch.train",
-        *helpers.command_line(config), f"--workdir={workdir}", "--wait=60",
+        *helpers.command_line(config), f"--workdir={workdir}", "--wait=200",
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "MOSAICS_PORT": str(_port())}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert _losses(workdir) == pytest.approx(alone, rel=2e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_as_four_it_goes_on_as_two_and_ends_as_one_does(corpus, tmp_path):
     """The data is that of one process: a row read twice, or not at all, would show in the losses."""
     from mosaics_jax.train import train
@@ -229,11 +234,12 @@ def test_killed_as_four_it_goes_on_as_two_and_ends_as_one_does(corpus, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_sigterm_to_one_process_saves_and_stops_all(corpus, tmp_path):
     workdir = tmp_path / "run"
     config = _config(corpus, 5000, **{"checkpoint.every": 1000})
     started = _start(config, workdir, 2)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (workdir / "metrics.jsonl").exists() or len(_losses(workdir)) < 3:
         assert time.monotonic() < deadline, _log(workdir, 0)
         time.sleep(0.05)
@@ -244,30 +250,33 @@ def test_a_sigterm_to_one_process_saves_and_stops_all(corpus, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_who_did_not_come_is_named(corpus, tmp_path):
     started = _start(_config(corpus), tmp_path / "run", 4, only=[0, 2], wait=6)
-    assert _finish(started, 60) == [2, 2]
+    assert _finish(started) == [2, 2]
     for process in (0, 2):
         error = _log(tmp_path / "run", process).strip().splitlines()[-1]
         assert error.startswith("error: processes 1, 3 did not come within 6 s"), error
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_coordinator_that_is_not_there_is_named(corpus, tmp_path):
     started = _start(_config(corpus), tmp_path / "run", 2, only=[1], wait=3)
-    assert _finish(started, 60) == [2]
+    assert _finish(started) == [2]
     assert "error: process 0 was not at localhost:" in _log(tmp_path / "run", 1)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_when_one_dies_the_others_end_and_say_which(corpus, tmp_path):
     workdir = tmp_path / "run"
     started = _start(_config(corpus, 100000, **{"data.batch": 3}), workdir, 3, heartbeat=5)
     _await_step(workdir, 4, started)
     started[1].kill()
     begin = time.monotonic()
-    codes = _finish(started, 60)
-    assert time.monotonic() - begin < 40
+    codes = _finish(started)
+    assert time.monotonic() - begin < 90  # and not the 100 s that a heartbeat has else
     assert 0 not in codes
     for process in (0, 2):
         # By whichever notices first: the collective that broke, or the missed heartbeat.

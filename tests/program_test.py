@@ -65,7 +65,7 @@ def found(tmp_path_factory):
     directory = tmp_path_factory.mktemp("programs")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "tests" / "mesh_runs.py"), "programs", str(directory)]
-    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=300)
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=500)
     made = {}
     for path in directory.glob("*.json"):
         mesh = json.loads(path.read_text())

@@ -51,4 +51,4 @@ def test_xla_knows_the_flags_of_the_page():
     assert len(flags) > 5
     environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     code = "import jax; jax.numpy.ones(2)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=500)

@@ -182,7 +182,7 @@ def test_no_command_follows_a_manifest_outside(mine: pathlib.Path, flag: str) ->
     _point_to(mine, "../secret.tokens")
     before = sorted(mine.parent.rglob("*"))
     command = [sys.executable, "-m", "launch.prepare", f"{flag}={mine}", "--context=32"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
     assert result.returncode == 2
     assert re.fullmatch(r"error: .*manifest.json' is not a manifest .*'../secret.tokens'.*\n", result.stderr)
     assert sorted(mine.parent.rglob("*")) == before
@@ -259,7 +259,7 @@ def test_no_environment_variable_is_written_down(corpus: pathlib.Path, tmp_path:
     config = helpers.tiny_config(corpus, **{"run.steps": 4})
     command = [sys.executable, "-m", "launch.train", f"--workdir={tmp_path}/run", *helpers.command_line(config)]
     environment = os.environ | {"SECRET_TOKEN": secret}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False, timeout=500)
     assert result.returncode == 0, result.stderr
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.json", "metrics.jsonl"} <= {path.name for path in written}

@@ -134,6 +134,6 @@ def test_an_extension_goes_on_from_what_was_trained_short(
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-m", "launch.claims", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(message)

@@ -213,7 +213,7 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path):
         time.sleep(0.05)
     began = time.monotonic()
     os.killpg(running.pid, signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=500)
     assert (running.returncode, said) == (130, "stopped; the same command goes on from what is done\n")
     assert time.monotonic() - began < 10
 
@@ -282,7 +282,7 @@ def test_a_disk_that_refuses(folder, tmp_path):
     answer = context.Queue()
     process = context.Process(target=_full_disk, args=(folder, tmp_path / "out", answer))
     process.start()
-    message = answer.get(timeout=60)
+    message = answer.get(timeout=500)
     process.join()
     assert "cannot be written (File too large); make room" in message
     assert "\n" not in message

@@ -82,13 +82,11 @@ def killed_after_commit(suite: Suite) -> Outcome:
 
 @_fault
 def killed_in_restore(suite: Suite) -> Outcome:
-    def between(workdir: pathlib.Path) -> None:
+    def spoil(workdir: pathlib.Path) -> None:
         job = Job(suite.config(), workdir, fault="kill_in_restore")
-        job.end()
+        assert -signal.SIGKILL in job.end()
 
-    return suite.broken(
-        "killed while a checkpoint is read", strike=lambda job: job.signal(signal.SIGKILL), between=between
-    )[0]
+    return suite.spoilt("killed while a checkpoint is read", spoil)[0]
 
 
 @_fault
@@ -107,17 +105,14 @@ def disk_full_of_one(suite: Suite) -> Outcome:
 
 
 def _damaged(name: str, suite: Suite, spoil: Callable[[pathlib.Path], None]) -> Outcome:
-    def between(workdir: pathlib.Path) -> None:
+    def spoil_newest(workdir: pathlib.Path) -> None:
         newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else 0)
         assert (newest / "verified.json").exists()
         spoil(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
 
-    def strike(job: Job) -> Sequence[int]:
-        job.wait_for(lambda: (job.workdir / "checkpoints" / str(3 * EVERY) / "verified.json").exists())
-        return job.signal(signal.SIGKILL)
-
-    outcome, _, second = suite.broken(name, strike=strike, between=between)
+    outcome, second = suite.spoilt(name, spoil_newest)
     assert "is damaged" in second.log()
+    assert outcome.lost > 0
     return outcome
 
 
@@ -179,23 +174,20 @@ def worker_dies(suite: Suite) -> Outcome:
         os.kill(worker, signal.SIGKILL)
         return []
 
-    return suite.broken("a data worker that dies", strike=strike)[0]
+    return suite.broken("a data worker that dies", strike=strike, **{"data.workers": 1})[0]
 
 
 @_fault
 def data_gone(suite: Suite) -> Outcome:
-    def between(workdir: pathlib.Path) -> None:
-        corpus = suite.folder / "corpus"
-        (shard,) = corpus.glob("train-*.tokens")
+    def spoil(workdir: pathlib.Path) -> None:
+        (shard,) = (suite.folder / "corpus").glob("train-*.tokens")
         shard.rename(suite.folder / "away")
         job = Job(suite.config(), workdir)
         assert set(job.end()) & {2}, job.log()
         assert f"{shard.name}' is missing" in job.log() + job.log(1)
         (suite.folder / "away").rename(shard)
 
-    return suite.broken("a data file that disappears", strike=lambda job: job.signal(signal.SIGKILL), between=between)[
-        0
-    ]
+    return suite.spoilt("a data file that disappears", spoil)[0]
 
 
 @_fault

@@ -42,7 +42,7 @@ def _kill(job: Job, draw: random.Random) -> str:
     before = {kind: len(records(job.workdir, kind)) for kind in kinds}
     # From the launch, the opened workdir, the restored state, or the first step on: so all of a life is struck.
     after = draw.choice(["launch", "start", "compile", "train", "train", "train"])
-    job.wait_for(lambda: after == "launch" or len(records(job.workdir, after)) > before[after], 120)
+    job.wait_for(lambda: after == "launch" or len(records(job.workdir, after)) > before[after])
     time.sleep(draw.uniform(0, 1.5))
     if not job.running():
         return ""

@@ -19,6 +19,7 @@ import tensorstore
 from mosaics_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
+PATIENCE = 500  # seconds until what does not come is given up: other tests run beside it
 
 
 def free_port() -> int:
@@ -42,12 +43,13 @@ class Job:
             command = [
                 sys.executable, str(ROOT / "tests" / "faults" / "rank.py"), fault or "none",
                 *helpers.command_line(config), f"--workdir={workdir}", f"--coordinator=localhost:{port}",
-                f"--processes={ranks}", f"--process={rank}", "--wait=60", f"--heartbeat={heartbeat}",
+                f"--processes={ranks}", f"--process={rank}", "--wait=200", f"--heartbeat={heartbeat}",
             ]  # fmt: skip
-            # Little compilation: the first life of every other config compiles.
+            # Little compilation: the first life of every other config compiles, into a folder beside the runs.
             environment = helpers.OPTIMISED | {
                 "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             }  # fmt: skip
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)
             # Through a pipe: a limit on the size of files is not to reach the log.
             with open(self._log(rank), "ab") as log:
                 pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, start_new_session=True)
@@ -85,7 +87,7 @@ class Job:
     def running(self) -> bool:
         return all(rank.poll() is None for rank in self._ranks)
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = 240) -> bool:
+    def wait_for(self, what: Callable[[], bool], seconds: float = PATIENCE) -> bool:
         """Until `what` holds; False where a process ends before."""
         deadline = time.monotonic() + seconds
         while not what():
@@ -97,7 +99,7 @@ class Job:
             time.sleep(0.005)
         return True
 
-    def end(self, seconds: float = 240) -> list[int]:
+    def end(self, seconds: float = PATIENCE) -> list[int]:
         """As srun --kill-on-bad-exit: waits for the first process that fails, or for all; then kills what is left.
 
         Returns their exit codes; negative: the signal.
@@ -115,7 +117,7 @@ class Job:
             pipe.wait()
         return [rank.returncode for rank in self._ranks]
 
-    def failed_after(self, since: float, struck: Sequence[int], seconds: float = 120) -> float:
+    def failed_after(self, since: float, struck: Sequence[int], seconds: float = PATIENCE) -> float:
         """Seconds from `since` until a process ends that was not struck itself."""
         others = [rank for number, rank in enumerate(self._ranks) if number not in struck]
         while others and all(rank.poll() is None for rank in others):

@@ -228,7 +228,7 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message) -> None:
     words = ["--nowheels", f"--output={tmp_path / 'bundle'}", *arguments]
     result = subprocess.run(
         [sys.executable, "-m", "launch.gpu.bundle", *words], cwd=ROOT, capture_output=True, text=True, env=env,
-        check=False, timeout=120,
+        check=False, timeout=500,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()

@@ -82,7 +82,7 @@ def test_the_page_is_up_to_date() -> None:
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "launch.gpu.queue", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()
     assert message in line
@@ -91,7 +91,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str) -> None:
 def test_the_queue_is_printed_and_a_job_without_a_card_says_so(tmp_path: pathlib.Path) -> None:
     env = os.environ | {"PATH": "/nowhere", "OUT": str(tmp_path)}
     command = [sys.executable, "-m", "launch.gpu.queue", "--minutes=4"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=env)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500, env=env)
     assert result.returncode == 1
     for job in jobs.JOBS:
         assert f"| {job.name} |" in result.stdout

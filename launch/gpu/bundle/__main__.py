@@ -39,6 +39,7 @@ def main() -> None:
         raise ValueError(f"--only is {_ONLY.value!r}, no regular expression: {error}") from None
     # Before jax is imported, here and in the workers.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is carried comes from the compiler
     directory = pathlib.Path(_OUTPUT.value).expanduser().absolute()
     (directory / "programs").mkdir(parents=True, exist_ok=True)
     setting = "dry" if _DRY.value else "card"
