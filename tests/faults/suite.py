@@ -41,7 +41,8 @@ class Suite:
     def config(self, **changes: Any) -> Config:
         settings = {
             "run.steps": STEPS, "checkpoint.every": EVERY, "run.log_every": 1, "run.eval_every": STEPS,
-            "run.eval_batches": 1, "data.workers": self.workers, "run.watchdog_seconds": 6.0, "run.compilation_cache": "auto",
+            "run.eval_batches": 1, "data.workers": self.workers, "run.watchdog_seconds": 6.0,
+            "run.compilation_cache": "auto",
         }  # fmt: skip
         return helpers.tiny_config(self.folder / "corpus", **settings | changes)
 
