@@ -13,7 +13,7 @@ extra = $(BIN)/python -c "import configparser; c = configparser.ConfigParser(); 
 	print(c['options.extras_require']['$(1)'])" | $(BIN)/python -m pip install --quiet --upgrade --target $(2) $(3) -r /dev/stdin
 cuda = JAX_PLATFORMS=cpu PYTHONPATH=$(H100) CUDA_ROOT=$(CURDIR)/$(1)/nvidia/cu13 PATH="$(CURDIR)/$(1)/nvidia/cu13/bin:$$PATH"
 
-.PHONY: setup train test test-slow faults claims claims-gpu lint bench gpu gpu-bundle gpu-variants gpu-train gpu-next clean
+.PHONY: setup train test test-slow test-long faults claims claims-gpu lint bench gpu gpu-bundle gpu-variants gpu-train gpu-next clean
 
 setup: $(STAMP)
 
@@ -45,13 +45,17 @@ train: $(STAMP)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not h100"
+	$(PYTEST) -m "not slow and not long and not h100"
 
 test-slow: $(STAMP) $(H100) $(CUDA130)
 	$(BIN)/python -m mypy
-	$(PYTEST) -m "slow and not h100"
+	$(PYTEST) --no-loadscope-reorder -m "slow and not long and not h100"
 	$(call cuda,$(H100)) $(BIN)/python -m pytest -m h100 -k "not bundle"
 	$(call cuda,$(CUDA130)) $(BIN)/python -m pytest -m h100 -k "(retrieve and 128 and True) or bundle"
+
+# One after another: each of these occupies all cores.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 # Runs that are killed, stopped, starved and spoilt, beside one that nobody disturbed; about an hour on two cores.
 faults: $(STAMP)

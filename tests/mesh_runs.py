@@ -34,8 +34,6 @@ MESHES: dict[str, dict[str, int]] = {
     "sequence": {"sequence": 8},
     "data_sequence_tensor": {"data": 2, "sequence": 2, "tensor": 2},
 }
-# A transformer shares all but its attention with a mosaic: every axis once, beside another.
-MODELS = {"mosaic": list(MESHES), "transformer": ["one", "fsdp_tensor", "fsdp_sequence", "data_sequence_tensor"]}
 
 
 def config(name: str, **mesh: int) -> Config:
@@ -118,13 +116,13 @@ def programs(directory: pathlib.Path) -> None:
             (directory / f"{name}.json").write_text(json.dumps(dict(mesh.shape)))
 
 
-def main(name: str, directory: str) -> None:
+def main(name: str, directory: str, *meshes: str) -> None:
     if name == "programs":
         return programs(pathlib.Path(directory))
-    for mesh in MODELS[name]:
-        sizes = MESHES[mesh]
-        devices = int(np.prod(list(sizes.values())))
-        np.savez(pathlib.Path(directory) / f"{mesh}.npz", **run(config(name, **sizes), devices))  # type: ignore[arg-type]
+    for mesh in meshes:
+        devices = int(np.prod(list(MESHES[mesh].values())))
+        found = run(config(name, **MESHES[mesh]), devices)
+        np.savez(pathlib.Path(directory) / f"{mesh}.npz", **found)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

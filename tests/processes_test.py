@@ -147,9 +147,12 @@ MESHES = {
 }
 
 
+_QUICK = ("2 on data", "2 of 2 on fsdp x sequence")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.long) for n in MESHES])
 def test_several_processes_train_as_one_does(name, corpus, alone, tmp_path):
     count, devices, mesh = MESHES[name]
     workdir = tmp_path / "run"
@@ -159,7 +162,7 @@ def test_several_processes_train_as_one_does(name, corpus, alone, tmp_path):
     assert losses == pytest.approx(alone, rel=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_two_processes_evaluate_as_one_does(corpus, tmp_path):
     """Killed after some answers and gone on, two processes write what one does."""
@@ -193,7 +196,7 @@ def test_two_processes_evaluate_as_one_does(corpus, tmp_path):
         assert sorted(again) == sorted(second)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not installed; apt-get install openmpi-bin")
 def test_open_mpi_tells_the_processes_who_they_are(corpus, alone, tmp_path):
@@ -209,7 +212,7 @@ def test_open_mpi_tells_the_processes_who_they_are(corpus, alone, tmp_path):
     assert _losses(workdir) == pytest.approx(alone, rel=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_killed_as_four_it_goes_on_as_two_and_ends_as_one_does(corpus, tmp_path):
     """The data is that of one process: a row read twice, or not at all, would show in the losses."""
@@ -233,7 +236,7 @@ def test_killed_as_four_it_goes_on_as_two_and_ends_as_one_does(corpus, tmp_path)
     assert losses == pytest.approx({step: alone[step] for step in losses}, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_sigterm_to_one_process_saves_and_stops_all(corpus, tmp_path):
     workdir = tmp_path / "run"
