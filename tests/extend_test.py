@@ -128,7 +128,7 @@ def _recipe(which: str):
     return importlib.import_module("configs.extend_32k").get_config(which)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_32k_on_a_cpu_needs_memory_that_grows_with_the_context_alone(tmp_path):
     """One head's T x T scores alone would be 4 GiB; the run trains two steps, and all of it stays below."""
     text = tmp_path / "text"

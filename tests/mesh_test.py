@@ -13,8 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes, and more where other tests run beside it
 _OTHERS = [mesh for mesh in mesh_runs.MESHES if mesh != "one"]
-# Every axis of several devices, beside another and alone; a transformer shares all but its attention with a mosaic.
-_QUICK = {"mosaic": ("fsdp_sequence", "sequence", "data_sequence_tensor"), "transformer": ()}
+# Data, sequence and tensor beside one another, and stretches shorter than the window; fsdp: processes_test.py.
+_QUICK = {"mosaic": ("sequence", "data_sequence_tensor"), "transformer": ()}
 _EACH = [
     pytest.param(model, mesh, marks=() if mesh in quick else pytest.mark.long)
     for model, quick in _QUICK.items()

@@ -85,7 +85,7 @@ def test_a_workdir_is_of_one_size_and_text(tmp_path: pathlib.Path) -> None:
             dataclasses.replace(one, **change).prepare()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_extension_goes_on_from_what_was_trained_short(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

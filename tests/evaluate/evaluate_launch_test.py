@@ -84,7 +84,7 @@ def test_every_suite_and_again(workdir, data, tmp_path):
     assert (other / "perplexity.jsonl").read_bytes() != (folder / "perplexity.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_64k_on_a_cpu_stays_below_4_gib(tmp_path):
     """A row of sixteen times the training context is read and continued; T x T scores alone would be 16 GiB."""
     from mosaics_jax.data.prepare import prepare

@@ -119,7 +119,7 @@ def test_a_model_without_long_term_memory_has_no_delay_and_nothing_to_remove(cor
         RunModel(tmp_path, MeshConfig(), long_term=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mesh_gives_the_same(workdir, model, rows, tmp_path):
     """Two axes of a mesh of eight devices and all three, in a process of their own."""
     subprocess.run(
