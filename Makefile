@@ -50,8 +50,7 @@ test: $(STAMP)
 test-slow: $(STAMP) $(H100) $(CUDA130)
 	$(BIN)/python -m mypy
 	$(PYTEST) --no-loadscope-reorder -m "slow and not long and not h100"
-	$(call cuda,$(H100)) $(BIN)/python -m pytest -m h100 -k "not bundle"
-	$(call cuda,$(CUDA130)) $(BIN)/python -m pytest -m h100 -k "(retrieve and 128 and True) or bundle"
+	$(call cuda,$(CUDA130)) $(BIN)/python -m pytest -m h100
 
 # One after another: each of these occupies all cores.
 test-long: $(STAMP)
