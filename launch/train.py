@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import flags
@@ -49,7 +50,7 @@ def main() -> None:
     except OSError as error:  # config_flags keeps a failure to load until the config is read
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise ValueError(f"no config file {name!r}; the shipped ones are in configs/") from error
-    from mosaics_jax.processes import Missing, alone, connect, roll_call
+    from mosaics_jax.processes import Missing, alone, connect, roll_call, stay_for_the_roll
     from mosaics_jax.train import SaveFailed, TrainingStopped, train  # after the flags: a typo is answered before JAX
 
     connect(_place(), _WAIT.value, _HEARTBEAT.value)
@@ -64,16 +65,18 @@ def main() -> None:
             raise
         if isinstance(error, ValueError):
             _leave(2, f"error: {' '.join(str(error).split())}")
-        _leave(FAILED, f"{traceback.format_exc()}failed: {roll_call() or 'all processes answer'}")
+        message = f"{traceback.format_exc()}failed: {roll_call() or 'all processes answer'}"
+        _leave(FAILED, message, stay_for_the_roll)
     if not finished:
         sys.exit(PREEMPTED)
 
 
-def _leave(code: int, message: str) -> NoReturn:
-    """Ends this process, and does not wait for the others as a usual end would: they may never come."""
+def _leave(code: int, message: str, last: Callable[[], None] = lambda: None) -> NoReturn:
+    """Ends this process after `last`, and does not wait for the others as a usual end would: they may never come."""
     print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    last()
     os._exit(code)
 
 

@@ -4,6 +4,7 @@ Slurm, Open MPI and Kubernetes tell a process its number; `connect` reads it, or
 and one a node both work. After it, jax sees the devices of all processes.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -163,17 +164,32 @@ def roll_call(seconds: float = 5.0) -> str:
     if alone():
         return ""
     client: Any = distributed.global_state.client
-    deadline = time.monotonic() + seconds
     missing = list(range(jax.process_count()))
     try:
         client.key_value_set(f"mosaics/roll/{jax.process_index()}", "here")
-        while missing and time.monotonic() < deadline:
-            time.sleep(0.1)
-            came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get("mosaics/roll/")}
-            missing = [process for process in missing if process not in came]
-    except jax.errors.JaxRuntimeError:  # the service that holds the keys is process 0's
-        missing = [0]
+        missing = _absent(client, "mosaics/roll/", missing, seconds)
+        client.key_value_set(f"mosaics/looked/{jax.process_index()}", "yes")
+    except jax.errors.JaxRuntimeError:  # process 0 holds the roll, and `stay_for_the_roll` until all have looked
+        return "process 0 has ended; look at its log first: if another process ended before it, it is named there"
     return f"{_numbers(missing)} did not answer within {seconds:.0f} s; look at their logs first" if missing else ""
+
+
+def stay_for_the_roll(seconds: float = 5.0) -> None:
+    """Keeps process 0, without which there is no roll, until all others have looked at it, or so many seconds."""
+    if jax.process_index() == 0 and not alone():
+        client: Any = distributed.global_state.client
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _absent(client, "mosaics/looked/", list(range(1, jax.process_count())), seconds)
+
+
+def _absent(client: Any, folder: str, processes: list[int], seconds: float) -> list[int]:
+    """Those of `processes` that set no key in `folder` within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while processes and time.monotonic() < deadline:
+        time.sleep(0.1)
+        came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(folder)}
+        processes = [process for process in processes if process not in came]
+    return processes
 
 
 def _told(client: Any, key: str, deadline: float) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes, and more where other tests run beside it
 _OTHERS = [mesh for mesh in mesh_runs.MESHES if mesh != "one"]
-# Data, sequence and tensor beside one another, and stretches shorter than the window; fsdp: processes_test.py.
+# Data, sequence and tensor beside one another, and stretches shorter than the window; fsdp: processes_run_test.py.
 _QUICK = {"mosaic": ("sequence", "data_sequence_tensor"), "transformer": ()}
 _EACH = [
     pytest.param(model, mesh, marks=() if mesh in quick else pytest.mark.long)
