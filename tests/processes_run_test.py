@@ -179,7 +179,8 @@ def test_killed_as_four_it_goes_on_as_two_and_ends_as_one_does(corpus, tmp_path)
     losses = _losses(workdir)
     assert 12 < min(losses) <= reached + 1
     assert max(losses) == 60
-    assert losses == pytest.approx({step: alone[step] for step in losses}, rel=1e-4)
+    # Rounding differs with the mesh, and grows with the steps: 2e-4 was seen. Another row would change 1e-2.
+    assert losses == pytest.approx({step: alone[step] for step in losses}, rel=1e-3)
 
 
 @pytest.mark.long
