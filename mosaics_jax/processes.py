@@ -169,14 +169,14 @@ def roll_call(seconds: float = 5.0) -> str:
         client.key_value_set(f"mosaics/roll/{jax.process_index()}", "here")
         missing = _absent(client, "mosaics/roll/", missing, seconds)
         client.key_value_set(f"mosaics/looked/{jax.process_index()}", "yes")
-    except jax.errors.JaxRuntimeError:  # process 0 holds the roll, and `stay_for_the_roll` until all have looked
+    except jax.errors.JaxRuntimeError:  # the service that holds the keys is process 0's
         return "process 0 has ended; look at its log first: if another process ended before it, it is named there"
     return f"{_numbers(missing)} did not answer within {seconds:.0f} s; look at their logs first" if missing else ""
 
 
 def stay_for_the_roll(seconds: float = 5.0) -> None:
-    """Keeps process 0, without which there is no roll, until all others have looked at it, or so many seconds."""
-    if jax.process_index() == 0 and not alone():
+    """Keeps process 0, whose service holds the roll, until all others have looked at it, or so many seconds."""
+    if jax.process_index() == 0:
         client: Any = distributed.global_state.client
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _absent(client, "mosaics/looked/", list(range(1, jax.process_count())), seconds)

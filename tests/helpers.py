@@ -3,7 +3,10 @@
 import os
 import pathlib
 import random
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 from mosaics_jax import config as config_lib
 from mosaics_jax.data.corpus import Manifest
@@ -52,6 +55,11 @@ def tiny_config(corpus: pathlib.Path | str = "", **changes: Any) -> config_lib.C
         assert field in holder, name
         holder[field] = value
     return config_lib.Config.from_dict(values)
+
+
+def long_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """`names` as parameters of a test, of which all but the `quick` are left to `make test-long`."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.long) for name in names]
 
 
 def command_line(config: config_lib.Config) -> list[str]:

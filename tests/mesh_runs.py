@@ -116,13 +116,12 @@ def programs(directory: pathlib.Path) -> None:
             (directory / f"{name}.json").write_text(json.dumps(dict(mesh.shape)))
 
 
-def main(name: str, directory: str, *meshes: str) -> None:
+def main(name: str, directory: str, mesh: str = "") -> None:
     if name == "programs":
         return programs(pathlib.Path(directory))
-    for mesh in meshes:
-        devices = int(np.prod(list(MESHES[mesh].values())))
-        found = run(config(name, **MESHES[mesh]), devices)
-        np.savez(pathlib.Path(directory) / f"{mesh}.npz", **found)  # type: ignore[arg-type]
+    devices = int(np.prod(list(MESHES[mesh].values())))
+    found = run(config(name, **MESHES[mesh]), devices)
+    np.savez(pathlib.Path(directory) / f"{mesh}.npz", **found)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

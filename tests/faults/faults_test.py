@@ -1,9 +1,8 @@
 """The fault suite, short: every fault once, and some kills at random moments; `make faults` is the long version."""
 
-from typing import Any
-
 import catalogue
 import chance
+import helpers
 import pytest
 from suite import Suite, table
 
@@ -20,11 +19,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
 _QUICK = ("kill_one", "killed_in_commit", "disk_full_of_one", "flipped", "nan")
 
 
-def _params() -> list[Any]:
-    return [name if name in _QUICK else pytest.param(name, marks=pytest.mark.long) for name in catalogue.FAULTS]
-
-
-@pytest.mark.parametrize("name", _params())
+@pytest.mark.parametrize("name", helpers.long_but(_QUICK, catalogue.FAULTS))
 def test_a_fault_loses_nothing(name: str, suite: Suite) -> None:
     outcome = catalogue.FAULTS[name](suite)
     assert outcome.as_expected, table([outcome])
