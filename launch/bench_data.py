@@ -18,7 +18,7 @@ from launch import command
 if TYPE_CHECKING:
     from mosaics_jax.data.corpora import Corpora
 
-_PATH = flags.DEFINE_string("path", "data/python", "corpus, or the folder that the mixture's lie in")
+_PATH = command.define_path("path", "data/python", "corpus, or the folder that the mixture's lie in")
 _MIXTURE = flags.DEFINE_string("mixture", "{}", "JSON {name: weight}")
 _PACKING = flags.DEFINE_string("packing", "concat", "concat or best_fit")
 _CONTEXT = flags.DEFINE_integer("context", 4096, "positions of a row")

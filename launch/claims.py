@@ -13,7 +13,7 @@ from absl import flags
 from configs.claims import RATES, STUDIES, VARIANTS
 from launch import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of corpora, runs and reports; the same command goes on")
+_WORKDIR = command.define_path("workdir", None, "directory of corpora, runs and reports; the same command goes on")
 _SUITE = flags.DEFINE_list("suite", list(STUDIES), "studies, each a training of its own")
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), "which models")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each variant at its best learning rate")

@@ -1,20 +1,68 @@
 """What the commands share: one line on stderr and exit code 2 for what the user can mend."""
 
+import errno
 import functools
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
+
+from mosaics_jax import paths
 
 # What a config, or an override of one, is refused with: by absl, ml_collections and the parser of Python's literals.
 _REFUSALS = (
     AttributeError, KeyError, MemoryError, OSError, OverflowError, RecursionError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
 _MOST_SHOWN = 4000
+# What the environment tells JAX about all random numbers and types.
+_NUMBERS = ("JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE", "JAX_NUMPY_DTYPE_PROMOTION")
+
+
+class _Outlasting(io.FileIO):
+    """An output whose reader may go away (`| head`, a terminal that is closed): what it would read is lost, no more."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def _outlasting(stream: Any) -> Any:
+    """`stream`, which outlasts its reader, and escapes what it cannot show: a name of a file may hold anything."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    raw = io.BufferedWriter(_Outlasting(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(
+        raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )  # fmt: skip
+
+
+class _PathParser(flags.ArgumentParser):
+    syntactic_help = "a path; ~ at its beginning is a home"
+
+    def parse(self, argument: str) -> str:
+        return str(paths.absolute(argument)) if argument else argument
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
+    """A flag whose value is an absolute path, or its default where that is empty."""
+    return flags.DEFINE(_PathParser(), name, default, help)
 
 
 def run(main: Callable[..., None], argument: str = "") -> None:
@@ -28,9 +76,14 @@ def run(main: Callable[..., None], argument: str = "") -> None:
             main(*argv[1:])
         except ValueError as error:
             _fail(str(error))
+        except OSError as error:  # of the machine, and not of what was asked
+            print(f"failed: {_one_line(str(error))}", file=sys.stderr)
+            sys.exit(1)
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be what the terminal can show
+    sys.stdout, sys.stderr = _outlasting(sys.stdout), _outlasting(sys.stderr)
+    for name in _NUMBERS:
+        if os.environ.pop(name, None):
+            print(f"{name} is set, and not heeded: the numbers of a run depend on its config alone", file=sys.stderr)
     # JAX lists the accelerators that are not there; a run says what it runs on.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=functools.partial(parse, argument=argument))
@@ -41,6 +94,8 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS, argument: 
 
     What is wrong is one line on stderr and exit 2.
     """
+    # The loader of config files opens them by itself, before any flag has a value.
+    argv = [re.sub("^(--?config=)(~.*)", lambda found: f"{found[1]}{paths.absolute(found[2])}", word) for word in argv]
     for word in argv[1:]:
         override = re.match(r"--?(?:no)?config\.([^=]*)", word)
         if override and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", override[1]):
@@ -78,6 +133,10 @@ def _last_error(message: str) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    message = " ".join(message.split()).encode(errors="backslashreplace").decode()
-    print(f"error: {message if len(message) <= _MOST_SHOWN else message[:_MOST_SHOWN] + '...'}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(message: str) -> str:
+    message = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    return message if len(message) <= _MOST_SHOWN else message[:_MOST_SHOWN] + "..."

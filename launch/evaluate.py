@@ -14,9 +14,9 @@ from absl import flags
 from launch import command
 from mosaics_jax.evaluate.settings import Settings
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_WORKDIR = command.define_path("workdir", None, "directory of the run")
 _STEP = flags.DEFINE_integer("step", None, "the checkpoint; default: the newest")
-_COMPARE = flags.DEFINE_string("compare", "", "another workdir, whose newest evaluation is drawn into the same figures")
+_COMPARE = command.define_path("compare", "", "another workdir, whose newest evaluation is drawn into the same figures")
 _WITHOUT = flags.DEFINE_bool("without_long_term", False, "remove the long-term memory first")
 _DELAY = flags.DEFINE_integer("delay", None, "m of the long-term memory; default: model.delay_min of the run")
 _FSDP = flags.DEFINE_integer("fsdp", 1, "shards of the weights' model width; the devices left over are replicas")
@@ -28,6 +28,8 @@ _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 65536, "positions of a batc
 def _define(field: dataclasses.Field) -> Any:
     """The flag of a field of Settings, by the same name."""
     default: Any = field.default
+    if field.metadata["path"]:
+        return command.define_path(field.name, default, field.metadata["doc"])
     kinds: dict[Any, Any] = {int: flags.DEFINE_integer, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
     if field.type in kinds:
         return kinds[field.type](field.name, default, field.metadata["doc"])

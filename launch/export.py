@@ -7,8 +7,8 @@ from absl import flags
 
 from launch import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
-_OUTPUT = flags.DEFINE_string("output", None, "directory for model.safetensors, config.json and the tokenizer")
+_WORKDIR = command.define_path("workdir", None, "directory of the run")
+_OUTPUT = command.define_path("output", None, "directory for model.safetensors, config.json and the tokenizer")
 _WITHOUT_LONG_TERM = flags.DEFINE_bool("without_long_term", False, "drop the long-term memories' weights")
 
 

@@ -7,7 +7,7 @@ from absl import flags
 
 from launch import command
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
+_WORKDIR = command.define_path("workdir", None, "directory of the run")
 _PROMPTS = flags.DEFINE_multi_string("prompt", [""], "text to continue; give it again for a batch")
 _COUNT = flags.DEFINE_integer("max_new_tokens", 200, "tokens at most")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token")

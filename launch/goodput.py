@@ -6,17 +6,16 @@ python -m launch.goodput runs/tiny [--figure=goodput.png]
 import importlib.util
 import pathlib
 
-from absl import flags
-
 from launch import command
+from mosaics_jax import paths
 
-_FIGURE = flags.DEFINE_string("figure", "", "PNG to draw; '': none")
+_FIGURE = command.define_path("figure", "", "PNG to draw; '': none")
 
 
 def main(workdir: str) -> None:
     from mosaics_jax import goodput
 
-    found = goodput.measure(pathlib.Path(workdir))
+    found = goodput.measure(paths.absolute(workdir))
     print(goodput.table(found))
     if _FIGURE.value:
         if importlib.util.find_spec("matplotlib") is None:

@@ -17,6 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command
+from mosaics_jax.data.bpe import LEARNING, READING
 
 if TYPE_CHECKING:
     from mosaics_jax.data.prepare import Progress
@@ -27,7 +28,7 @@ _INPUTS = flags.DEFINE_multi_string(
     "file (.txt, .jsonl, .parquet, also .gz, .xz, .zst; .array_record; source code), glob, folder, tfds:NAME@SPLIT, or "
     "the word python: the source of this Python's standard library; give it again for more",
 )
-_OUTPUT = flags.DEFINE_string("output", "", "directory to make; the same command again finishes one that was stopped")
+_OUTPUT = command.define_path("output", "", "directory to make; the same command again finishes one that was stopped")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     "bytes",
@@ -41,12 +42,12 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "field of a .jsonl objec
 _RECORD_FORMAT = flags.DEFINE_string("record_format", "text", "what a record of an .array_record file is: text or json")
 _SHUFFLE = flags.DEFINE_bool("shuffle", True, "put documents in a random order; else they keep the input's")
 _SHUFFLE_SEED = flags.DEFINE_integer("shuffle_seed", 0, "names that order")
-_TFDS_DIR = flags.DEFINE_string("tfds_dir", None, "where TFDS data sets were prepared (default: TFDS's own)")
+_TFDS_DIR = command.define_path("tfds_dir", None, "where TFDS data sets were prepared (default: TFDS's own)")
 _SKIP = flags.DEFINE_integer("skip_bad_records", 0, "leave out up to so many records that hold no text, and list them")
 _WORKERS = flags.DEFINE_integer("workers", None, "processes (default: one for each core); the result is the same")
-_PACK = flags.DEFINE_string("pack", "", "instead: plan best-fit rows of --context for this corpus")
-_VERIFY = flags.DEFINE_string("verify", "", "instead: check everything in this corpus")
-_INSPECT = flags.DEFINE_string("inspect", "", "instead: print what this corpus holds, or with --row what a row holds")
+_PACK = command.define_path("pack", "", "instead: plan best-fit rows of --context for this corpus")
+_VERIFY = command.define_path("verify", "", "instead: check everything in this corpus")
+_INSPECT = command.define_path("inspect", "", "instead: print what this corpus holds, or with --row what a row holds")
 _ROW = flags.DEFINE_integer("row", None, "row to inspect")
 _SPLIT = flags.DEFINE_string("split", "train", "split of that row")
 _CONTEXT = flags.DEFINE_integer("context", 4096, "positions of a row, for --pack and --inspect")
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    from mosaics_jax.data.check import skipped_records
+    from mosaics_jax.data.check import files_read, skipped_records
     from mosaics_jax.data.prepare import prepare
 
     workers = (os.cpu_count() or 1) if _WORKERS.value is None else _WORKERS.value
@@ -82,6 +83,10 @@ def _prepare() -> None:
         sys.exit(130)
     finally:
         shown.close()
+    for line in files_read(manifest):
+        print(line)
+    if manifest.note:
+        print(manifest.note)
     for record in skipped_records(manifest):
         print(f"left out: {record}")
     for name, split in manifest.splits.items():
@@ -93,20 +98,20 @@ def _prepare() -> None:
 
 
 class _Shown:
-    """A bar with tokens per second and the time left; where there is no terminal, a line every ten seconds."""
+    """A bar with tokens per second and the time left; where there is no terminal, lines: after one second, then ten."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._pass = ""
-        self._began = self._printed = time.monotonic()
+        self._began = self._next = time.monotonic()
 
     def __call__(self, state: "Progress") -> None:
         now = time.monotonic()
         done = min(state.done, state.total)  # some bytes are read twice
         if state.pass_ != self._pass:
             self.close()
-            self._pass, self._began, self._printed = state.pass_, now, now
-            unit = "B" if state.pass_ == "tokenizing" else "tok"
+            self._pass, self._began, self._next = state.pass_, now, now + 1
+            unit = {"tokenizing": "B", READING: "B", LEARNING: "s"}.get(state.pass_, "tok")
             self._bar = tqdm(
                 total=state.total, desc=state.pass_, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
             )
@@ -116,10 +121,11 @@ class _Shown:
         speed = f"{state.tokens / seconds / 1e6:.2f} M tokens/s"
         if state.pass_ == "tokenizing":
             self._bar.set_postfix_str(speed, refresh=False)
-        if self._bar.disable and now - self._printed >= 10 and done:
-            self._printed = now
-            left = seconds * (state.total - done) / done
-            print(f"{state.pass_}: {done / max(1, state.total):.1%}, {speed}, {left:,.0f} s left", flush=True)
+        if self._bar.disable and now >= self._next and done:
+            self._next = now + 10
+            left = state.total - done if state.pass_ == LEARNING else seconds * (state.total - done) / done
+            said = f"{speed}, " if state.tokens else ""
+            print(f"{state.pass_}: {done / max(1, state.total):.1%}, {said}{left:,.0f} s left", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -23,7 +23,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     + "\n".join(config_lib.describe_fields()),
     lock_config=True,
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, config")
+_WORKDIR = command.define_path("workdir", None, "directory of the run: checkpoints, metrics, config")
 _ACCEPT_NEW_DATA = flags.DEFINE_bool(
     "accept_new_data", False, "go on with other corpora, or another mixture of them, than the run was begun with"
 )

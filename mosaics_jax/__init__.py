@@ -12,10 +12,11 @@ _PUBLIC = {
     "generate": "mosaics_jax.decode",
     "save_safetensors": "mosaics_jax.export",
     "load_safetensors": "mosaics_jax.export",
+    "read_metrics": "mosaics_jax.history",
 }
 _MODULES = ("explore",)
 
-__all__ = ["explore", "generate", "init", "load", "load_safetensors", "save_safetensors"]
+__all__ = ["explore", "generate", "init", "load", "load_safetensors", "read_metrics", "save_safetensors"]
 
 
 def __getattr__(name: str) -> Any:

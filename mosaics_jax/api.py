@@ -5,6 +5,7 @@ import pathlib
 import jax
 import ml_collections
 
+from mosaics_jax import paths
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, load_config
 from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,7 +24,7 @@ def init(config: ml_collections.ConfigDict | str | pathlib.Path, seed: int) -> L
 
 def load(workdir: str | pathlib.Path) -> tuple[LanguageModel, Tokenizer]:
     """The model of a training run's newest checkpoint, and its tokenizer."""
-    workdir = pathlib.Path(workdir)
+    workdir = paths.absolute(workdir)
     config = Config.from_dict(read_run_record(workdir).config)
     checkpoints = Checkpoints(workdir)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mosaics_jax import fingerprint, integrity, processes
+from mosaics_jax import fingerprint, integrity, paths, processes
 from mosaics_jax.config import CheckpointConfig
 from mosaics_jax.record import RunRecord
 from mosaics_jax.step import TrainState
@@ -50,6 +50,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._workdir, self._config = workdir.absolute(), config
         self._directory = self._workdir / "checkpoints"
+        self._plain = paths.Plain(self._directory)
         if config and jax.process_index() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)
             for left in [*self._directory.glob("*.removing"), *self._directory.glob(f"*{_DRAFT}*")]:
@@ -88,7 +89,7 @@ class Checkpoints:
         items = arrays(state)
         try:
             self._orbax.save(
-                self._directory / str(step),
+                self._plain.path / str(step),
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                     record=ocp.args.JsonSave(record.to_dict()),
@@ -122,12 +123,15 @@ class Checkpoints:
             self._orbax.close()
         finally:
             self._verifier.shutdown()
+            self._plain.close()
 
     def problem(self, step: int) -> str:
-        """Why a checkpoint cannot be trusted, or "": the same on all processes, which look at a part each."""
+        """Why a checkpoint cannot be trusted, or "": the same on all processes, which look at a part each.
+
+        Raises UnreadableError.
+        """
         part = slice(jax.process_index(), None, jax.process_count())
-        found = integrity.damage(self._directory / str(step), part)
-        return processes.agree(found, f"verification of checkpoint {step}")
+        return integrity.agreed(lambda: integrity.damage(self._plain.path / str(step), part), f"checkpoint {step}")
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a damaged checkpoint out of the way; all processes call it. Returns where it lies."""
@@ -144,13 +148,13 @@ class Checkpoints:
         return RunRecord.from_dict(self._restore(step, record=ocp.args.JsonRestore())["record"])
 
     def params(self, step: int, abstract_params: Any) -> Any:
-        """The weights, checked. Raises ValueError where the checkpoint is damaged."""
-        if damage := integrity.damage(self._directory / str(step), slice(None)):
+        """The weights, checked. Raises ValueError where the checkpoint is damaged, and UnreadableError."""
+        if damage := integrity.damage(self._plain.path / str(step), slice(None)):
             raise self._unreadable(step, damage)
         return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """The saved state, in the shardings of `abstract_state` (shapes with shardings). Raises ValueError."""
+        """The saved state, in the shardings of `abstract_state` (shapes with shardings). Raises as `params`."""
         abstract = arrays(abstract_state)
         found = self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
         state = state_of(found)
@@ -178,12 +182,17 @@ class Checkpoints:
 
     def _verify(self, saving: _Saving, seconds: float) -> dict[str, Any]:
         """Reads a committed checkpoint back; keeps it as good, or sets it aside. Runs beside the training."""
-        began, directory = time.perf_counter(), self._directory / str(saving.step)
-        if problem := integrity.prove(directory, jax.tree.map(int, jax.device_get(saving.fingerprints))):
-            (self._workdir / "damaged").mkdir(exist_ok=True)
-            directory.rename(self._workdir / "damaged" / f"{saving.step}-{time.time_ns()}")
-        else:
-            self._retire()
+        began, name = time.perf_counter(), str(saving.step)
+        try:
+            problem = integrity.prove(self._plain.path / name, jax.tree.map(int, jax.device_get(saving.fingerprints)))
+            if problem:
+                (self._workdir / "damaged").mkdir(exist_ok=True)
+                (self._directory / name).rename(self._workdir / "damaged" / f"{name}-{time.time_ns()}")
+                problem = f"it is not on the disk what it was, and set aside: {problem}"
+            else:
+                self._retire()
+        except integrity.UnreadableError as error:
+            problem = f"it cannot be looked at, and stays where it is, unverified: {error}"
         return {
             "step": saving.step, "tier": "durable", "blocking": saving.blocking, "seconds": seconds,
             "verify_seconds": time.perf_counter() - began, "problem": problem,
@@ -213,9 +222,9 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
-            return self._orbax.restore(self._directory / str(step), args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
-            raise self._unreadable(step, integrity.first_line(error)) from error
+            return self._orbax.restore(self._plain.path / str(step), args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._unreadable(step, integrity.damage_of(error)) from error
 
 
 def arrays(state: TrainState) -> dict[str, Any]:

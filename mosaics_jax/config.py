@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import importlib.util
 import math
-import pathlib
 import re
 import typing
 from collections.abc import Mapping
@@ -16,11 +15,15 @@ from typing import Any
 
 import ml_collections
 
+from mosaics_jax import paths
 
-def _field(default: Any, doc: str) -> Any:
+
+def _field(default: Any, doc: str, no_path: tuple[str, ...] | None = None) -> Any:
+    """`no_path`, of a field that holds a path: its values that are none."""
+    metadata = {"doc": doc, "no_path": no_path}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"doc": doc})
-    return dataclasses.field(default=default, metadata={"doc": doc})
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _check(section: Any, field: str, legal: bool, what_is_legal: str) -> None:
@@ -154,7 +157,9 @@ class DataConfig:
 
     SECTION = "data"
 
-    path: str = _field("data/python", "directory made by launch.prepare; with data.mixture, the one that holds those")
+    path: str = _field(
+        "data/python", "directory made by launch.prepare; with data.mixture, the one that holds those", no_path=()
+    )
     mixture: Mapping[str, float] = _field({}, "{name: weight} of corpora path/name, in shares of rows; {}: only path")
     mixture_changes: Mapping[str, Any] = _field({}, "{step: {name: weight}}: other weights from that step on")
     packing: str = _field("concat", "concat (documents cut at row ends) or best_fit (whole documents, padded)")
@@ -235,7 +240,9 @@ class CheckpointConfig:
     keep_every: int = _field(0, "steps whose multiples are kept for ever; 0: none")
     keep_hours: float = _field(0.0, "hours of which one checkpoint each is kept for ever; 0: none")
     steps: tuple[int, ...] = _field((), "further steps that are saved, and kept for ever")
-    local_dir: str = _field("", "folder on each node's own disk for frequent checkpoints beside these; '': none")
+    local_dir: str = _field(
+        "", "folder on each node's own disk for frequent checkpoints beside these; '': none", no_path=("",)
+    )
     local_every: int = _field(50, "steps between checkpoints in local_dir, of which the newest two are kept")
 
     def __post_init__(self) -> None:
@@ -267,7 +274,9 @@ class RunConfig:
     watchdog_seconds: float = _field(60.0, "the least that the watchdog waits for a step; 0: there is none")
     watchdog_phase_seconds: float = _field(1800.0, "what it waits for a compilation, restore, save or evaluation")
     deterministic: bool = _field(False, "the same weights twice on GPUs too: slower operations, and no autotuning")
-    compilation_cache: str = _field("auto", "folder of compiled steps; auto: beside the workdir; '': none")
+    compilation_cache: str = _field(
+        "auto", "folder of compiled steps; auto: beside the workdir; '': none", no_path=("", "auto")
+    )
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -295,7 +304,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
-    init_from: str = ""
+    init_from: str = dataclasses.field(default="", metadata={"no_path": ("",)})
 
     def __post_init__(self) -> None:
         if "short" in self.model.memories and self.data.context < self.model.window:
@@ -326,13 +335,14 @@ class Config:
 
     @classmethod
     def from_config_dict(cls, config: ml_collections.ConfigDict) -> "Config":
+        """As `from_dict`; paths become absolute, and a ~ at their beginning a home."""
         try:
             values = config.to_dict()
         except TypeError as error:  # it sorts the names of a dictionary
             raise ValueError(
                 f"a dictionary of the config has names that are no strings ({error}); legal: strings"
             ) from error
-        return cls.from_dict(values)
+        return _with_absolute_paths(cls.from_dict(values))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -343,6 +353,17 @@ def model_from_dict(values: Any) -> ModelConfig:
     if not isinstance(values, Mapping) or "memories" not in values:
         raise ValueError(f"{_shown(values)} is no config of a model; legal: a mapping with memories and other fields")
     return _section(ModelConfig, {**dataclasses.asdict(ModelConfig()), **values})
+
+
+def _with_absolute_paths(section: Any) -> Any:
+    changed = {}
+    for field in dataclasses.fields(section):
+        value, no_path = getattr(section, field.name), field.metadata.get("no_path")
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_absolute_paths(value)
+        elif no_path is not None and value not in no_path:
+            changed[field.name] = str(paths.absolute(value))
+    return dataclasses.replace(section, **changed)
 
 
 def _section(kind: Any, values: Any) -> Any:
@@ -395,7 +416,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 def load_config(path: str) -> ml_collections.ConfigDict:
     """The `ConfigDict` that the recipe file at `path` makes (its `get_config()`)."""
-    file = pathlib.Path(path)
+    file = paths.absolute(path)
     if not file.is_file():
         raise ValueError(f"no config file {path!r}; the shipped ones are in configs/")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)

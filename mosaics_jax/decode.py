@@ -15,7 +15,7 @@ from jax import lax
 
 from mosaics_jax import collectives
 from mosaics_jax.config import ModelConfig
-from mosaics_jax.data.tokenizer import Tokenizer
+from mosaics_jax.data.tokenizer import Tokenizer, continuation
 from mosaics_jax.nn.memory import Context
 from mosaics_jax.nn.model import LanguageModel, from_values, to_values
 
@@ -120,7 +120,7 @@ def generate(
         model.config, Sampling(temperature, top_k, top_p), max_new_tokens, tokenizer.end,
         to_values(model), tokens_BT, length_B, jax.random.key(seed),
     )  # fmt: skip
-    return [text_until_end(tokenizer, row) for row in np.asarray(new_BN)]
+    return [text_until_end(tokenizer, row, before) for row, before in zip(np.asarray(new_BN), rows, strict=True)]
 
 
 def align_ends(rows: Sequence[np.ndarray], time: int) -> tuple[np.ndarray, np.ndarray]:
@@ -131,9 +131,10 @@ def align_ends(rows: Sequence[np.ndarray], time: int) -> tuple[np.ndarray, np.nd
     return tokens_BT, np.array([len(prompt) for prompt in rows], np.int32)
 
 
-def text_until_end(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """The text of generated ids up to the first end of text."""
-    return tokenizer.decode(ids[: int((ids == tokenizer.end).argmax())] if tokenizer.end in ids else ids)
+def text_until_end(tokenizer: Tokenizer, ids: np.ndarray, before: np.ndarray | None = None) -> str:
+    """The text of generated ids up to the first end of text, as it follows the ids `before` (see `continuation`)."""
+    own = ids[: int((ids == tokenizer.end).argmax())] if tokenizer.end in ids else ids
+    return continuation(tokenizer, own, before)
 
 
 def continue_rows(

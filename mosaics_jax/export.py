@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mosaics_jax import paths
 from mosaics_jax.config import ModelConfig, model_from_dict
 from mosaics_jax.nn.model import LanguageModel, from_values, to_values
 
@@ -29,12 +30,13 @@ def save_safetensors(model: LanguageModel, directory: str | pathlib.Path) -> Non
 
     ValueError where the disk refuses; each file is then whole, the new one or the old.
     """
-    directory = pathlib.Path(directory)
+    directory = paths.absolute(directory)
     tensors = {name: np.asarray(array) for name, array in _named(to_values(model)).items()}
     drafts = [directory / f"{name}.tmp" for name in (WEIGHTS, CONFIG)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, drafts[0])
+        paths.give_usual_mode(drafts[0])
         drafts[1].write_text(_config_text(model.config), encoding="utf-8")
         for draft in drafts:
             draft.replace(draft.with_suffix(""))
@@ -49,7 +51,7 @@ def save_safetensors(model: LanguageModel, directory: str | pathlib.Path) -> Non
 def load_safetensors(directory: str | pathlib.Path) -> LanguageModel:
     """The model that `save_safetensors` wrote. ValueError names a missing file, and tensors that are missing, foreign
     or of another shape or type."""
-    directory = pathlib.Path(directory)
+    directory = paths.absolute(directory)
     for name in (WEIGHTS, CONFIG):
         if not os.path.isfile(directory / name):
             raise ValueError(f"{directory} holds no {name}; an export has {CONFIG} and {WEIGHTS}")

@@ -4,11 +4,11 @@ Within a life times are of the monotonic clock (`up`), so a wall clock that jump
 only the wall clock knows; a gap that it makes negative counts as none.
 """
 
-import contextlib
 import dataclasses
-import json
 import pathlib
 from typing import Any
+
+from mosaics_jax.history import records
 
 # Where a second of a run goes, best first; all add up to the wall time.
 PARTS = {
@@ -72,20 +72,9 @@ class Goodput:
         return self.seconds["train"] / (self.total - excess - self.seconds["save"])
 
 
-def records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Those of a metrics.jsonl, without half a line that a process was killed in."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
 def measure(workdir: pathlib.Path) -> Goodput:
     """Raises ValueError where there is no run, or none that tells its lives."""
     path = workdir / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{workdir} holds no metrics.jsonl; legal: the workdir of a run")
     lives: list[list[dict[str, Any]]] = []
     for record in records(path):
         if record["kind"] == "start":

@@ -4,28 +4,44 @@
 devices took; docs/checkpoint.md has its form.
 """
 
+import errno
 import json
 import pathlib
+import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import tensorstore
+from safetensors import SafetensorError
 
-from mosaics_jax import fingerprint
+from mosaics_jax import fingerprint, processes
 
 ARRAYS = ("params", "optimizer", "counters")
 VERIFIED = "verified.json"
 _PIECE = 1 << 24  # bytes of a file that are looked at, at a time
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+_DAMAGE = (ValueError, KeyError, TypeError, EOFError, zlib.error, SafetensorError)
+_NO_DAMAGE = re.compile(
+    "^(PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN)"
+)
+
+
+class UnreadableError(OSError):
+    """A checkpoint that could not be looked at: whether it is damaged is not known, and nothing of it is moved."""
 
 
 def prove(directory: pathlib.Path, expected: dict[str, dict[str, int]]) -> str:
-    """Reads a committed checkpoint back, and marks it where its arrays have these fingerprints; else what is wrong."""
+    """Reads a committed checkpoint back, and marks it where its arrays have these fingerprints; else what is wrong.
+
+    Raises UnreadableError.
+    """
     try:
         if wrong := differing(expected, {item: read(directory / item, slice(None)) for item in ARRAYS}):
             return f"{wrong} on the disk is not what was saved"
-    except Exception as error:  # TensorStore raises many kinds for a damaged directory
-        return first_line(error)
-    marks = {"fingerprints": expected, "files": {name: _sum(directory / name) for name in _files(directory)}}
+        marks = {"fingerprints": expected, "files": {name: _sum(directory / name) for name in _files(directory)}}
+    except Exception as error:
+        return damage_of(error)
     draft = directory.with_name(f"{directory.name}.removing")  # a life that ends here leaves what the next removes
     draft.mkdir()
     (draft / VERIFIED).write_text(json.dumps(marks, indent=1) + "\n", encoding="utf-8")
@@ -53,7 +69,8 @@ def differing(expected: dict[str, dict[str, Any]], found: dict[str, dict[str, An
 def damage(directory: pathlib.Path, part: slice) -> str:
     """What is wrong with this part of a checkpoint's files, or "".
 
-    One that was verified has a checksum of every file. One whose run ended before that is read, array by array.
+    One that was verified has a checksum of every file. One whose run ended before that is read, array by array. Raises
+    UnreadableError.
     """
     try:
         if not (directory / VERIFIED).exists():
@@ -67,14 +84,41 @@ def damage(directory: pathlib.Path, part: slice) -> str:
             if (found := _sum(directory / name)) != files[name]:
                 what = "size" if found[0] != files[name][0] else "content"
                 return f"{name} has another {what} than it was saved with"
-    except Exception as error:  # TensorStore raises many kinds for a damaged directory
-        return first_line(error)
+    except Exception as error:
+        return damage_of(error)
     return ""
+
+
+def damage_of(error: Exception) -> str:
+    """What an error says of the files that were read. Raises UnreadableError for one that speaks of the reading."""
+    text = first_line(error)
+    number = error.errno if isinstance(error, OSError) else None
+    # TensorStore's, perhaps within one of Orbax's, and that of Rust.
+    if found := re.search(r"\[os_error_code='(\d+)'\]|\(os error (\d+)\)", str(error)):
+        number = int(found[1] or found[2])
+    if number in _ABSENT or (number is None and isinstance(error, _DAMAGE) and not _NO_DAMAGE.match(text)):
+        return text
+    raise UnreadableError(text) from error
+
+
+def agreed(look: Callable[[], str], what: str) -> str:
+    """The first damage that `look` finds on any process, the same for all; all call it.
+
+    Raises UnreadableError on all processes where one could not look.
+    """
+    found = unreadable = ""
+    try:
+        found = look()
+    except UnreadableError as error:
+        unreadable = str(error)
+    if unreadable := processes.agree(unreadable, f"reading for {what}"):
+        raise UnreadableError(f"{what}: it cannot be looked at ({unreadable}); nothing was moved, so mend that first")
+    return processes.agree(found, what)
 
 
 def read(item: pathlib.Path, part: slice) -> dict[str, int]:
     """The fingerprints of an item's arrays, from what lies on the disk."""
-    store = {"driver": "ocdbt", "base": f"file://{item}/"}
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}  # a path: in a URL %, # and ? mean else
     keys = [key.decode() for key in tensorstore.KvStore.open(store).result().list().result()]
     names = sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
     if not names:

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mosaics_jax import checkpoint, fingerprint, integrity, processes
+from mosaics_jax import checkpoint, fingerprint, integrity, paths, processes
 from mosaics_jax.record import RunRecord
 from mosaics_jax.step import TrainState
 
@@ -95,41 +95,50 @@ class LocalCheckpoints:
         self._writer.shutdown()
 
     def record(self, step: int) -> RunRecord:
-        """What the step was saved with. Raises ValueError where this process's file is damaged."""
+        """What the step was saved with. Raises ValueError where this process's file is damaged, and UnreadableError."""
         try:
             with safe_open(self._path(step), "numpy") as file:
                 return RunRecord.from_dict(json.loads(file.metadata()["record"]))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path(step)} cannot be read ({error})") from error
+            raise ValueError(f"{self._path(step)} cannot be read ({integrity.damage_of(error)})") from error
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state. Raises ValueError where any process cannot give its part; all processes call it."""
+        """The state. Raises ValueError where any process cannot give its part, and UnreadableError; all call it."""
         items = checkpoint.arrays(abstract)
-        problem, placed = "", items
-        try:
-            with safe_open(self._path(step), "numpy") as file:
-                about = {name: json.loads(text) for name, text in file.metadata().items()}
+        found: list[tuple[Any, Any]] = []
 
-                def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-                    held = {_key(at): f"{name}@{number}" for number, at in enumerate(about["shards"][name])}
-                    wanted = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-                    parts = [
-                        jax.device_put(file.get_tensor(held[_key(_bounds(index, leaf.shape))]), device)
-                        for device, index in wanted.items()
-                    ]
-                    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+        def look() -> str:
+            try:
+                found.append(self._read(step, items))
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                return f"process {jax.process_index()}: {self._path(step)} ({integrity.damage_of(error)})"
+            return ""
 
-                flat = {name: place(name, leaf) for name, leaf in fingerprint.named(items).items()}
-            placed = jax.tree.unflatten(jax.tree.structure(items), list(flat.values()))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            problem = f"process {jax.process_index()}: {self._path(step)} ({error!r})"
-        if problem := processes.agree(problem, f"local checkpoint {step}"):
+        if problem := integrity.agreed(look, f"local checkpoint {step}"):
             raise ValueError(f"local checkpoint {step} cannot be read ({problem})")
+        ((placed, expected),) = found
         state = checkpoint.state_of(placed)
-        wrong = integrity.differing(about["fingerprints"], jax.device_get(checkpoint.fingerprints_of(state)))
+        wrong = integrity.differing(expected, jax.device_get(checkpoint.fingerprints_of(state)))
         if wrong := processes.agree(wrong, f"fingerprints of local checkpoint {step}"):
             raise ValueError(f"local checkpoint {step} cannot be read ({wrong} is not what was saved)")
         return state
+
+    def _read(self, step: int, items: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+        """Arrays like `items` (shapes with shardings), and the fingerprints that they were saved with."""
+        with safe_open(self._path(step), "numpy") as file:
+            about = {name: json.loads(text) for name, text in file.metadata().items()}
+
+            def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+                held = {_key(at): f"{name}@{number}" for number, at in enumerate(about["shards"][name])}
+                wanted = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+                parts = [
+                    jax.device_put(file.get_tensor(held[_key(_bounds(index, leaf.shape))]), device)
+                    for device, index in wanted.items()
+                ]
+                return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+            flat = {name: place(name, leaf) for name, leaf in fingerprint.named(items).items()}
+            return jax.tree.unflatten(jax.tree.structure(items), list(flat.values())), about["fingerprints"]
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Renames this process's part, so that no life tries the step again. Returns where it lies."""
@@ -146,6 +155,7 @@ class LocalCheckpoints:
         about["shards"] = {name: held.bounds for name, held in shards.items()}
         draft = self._path(step).with_suffix(".tmp")
         save_file(tensors, draft, {name: json.dumps(value) for name, value in about.items()})
+        paths.give_usual_mode(draft)
         with open(draft, "rb") as stream:
             os.fsync(stream.fileno())
         draft.replace(self._path(step))

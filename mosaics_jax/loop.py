@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mosaics_jax import checkpoint, compilation, metrics, sharding
+from mosaics_jax import checkpoint, compilation, metrics, processes, sharding
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config
 from mosaics_jax.data.corpora import Corpora
@@ -59,6 +59,7 @@ class Loop:
         self._options = compilation.compiler_options(config.run)
         self._eval_step = jax.jit(make_eval_step(config), compiler_options=self._options)
         self._stop_signal = False
+        self._refused: dict[int, str] = {}  # checkpoints that were not accepted, and why; process 0 knows
 
     def run(self, start: Start) -> dict[str, Any] | None:
         """The last evaluation, or None where a signal ended the run. Raises TrainingStopped and SaveFailed."""
@@ -271,14 +272,19 @@ class Loop:
             self._note_saves(self._local.save(state, step, self._record_at(step)))
 
     def _finish_saves(self) -> None:
+        """Waits for all saves. Raises SaveFailed where the last checkpoint is not one that the run can go on from."""
         with self._not_training("save"):
             self._note_saves(self._checkpoints.wait() + (self._local.wait() if self._local else []))
+            problem = processes.agree(self._refused.get(self._saved, ""), "last checkpoint")
+        if problem:
+            raise checkpoint.SaveFailed(f"checkpoint {self._saved} is the last of this life, and {problem}")
 
     def _note_saves(self, saves: list[dict[str, Any]]) -> None:
         for save in saves:
             self._writer.write("save", save)
             if problem := save.get("problem"):
-                self._writer.say(f"checkpoint {save['step']} is not on the disk what it was, and set aside: {problem}")
+                self._refused[save["step"]] = problem
+                self._writer.say(f"checkpoint {save['step']}: {problem}")
             elif save["tier"] == "durable":
                 self._writer.say(
                     f"checkpoint {save['step']}: written in {save['seconds']:.2f} s, for which training stood still "

@@ -95,13 +95,16 @@ class MetricWriter:
             return
         _end_last_line(workdir / "metrics.jsonl")
         self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._workdir = workdir
+        self._board: SummaryWriter | None = None  # until it is known which steps are told anew
         devices = {"processes": jax.process_count(), "devices": jax.device_count()}
         self.write("start", {**devices, "interval": saves.local_every if saves.local_dir else saves.every})
 
     def begin(self, total_steps: int, first_step: int) -> None:
-        """Shows the bar."""
+        """Shows the bar. TensorBoard forgets the steps after `first_step` that a life before has told."""
         if self._active:
+            anew = first_step + 1 if first_step else 0
+            self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=anew)
             shown = sys.stderr.isatty()
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shown)
 
@@ -116,7 +119,7 @@ class MetricWriter:
         except OSError as error:
             raise OSError(error.errno, f"metrics cannot be written: {error.strerror}", self._file.name) from error
         for name, value in record.items():
-            if "step" in record and name != "step" and isinstance(value, int | float):
+            if self._board and "step" in record and name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def advance(self, step: int, record: dict[str, Any] | None) -> None:
@@ -142,7 +145,8 @@ class MetricWriter:
     def close(self) -> None:
         if self._active:
             self._bar.close()
-            self._board.close()
+            if self._board:
+                self._board.close()
             self._file.close()
 
 

@@ -18,6 +18,8 @@ from jax._src.clusters import ompi_cluster, slurm_cluster
 
 from mosaics_jax.config import MeshConfig
 
+_SLURM_REMEDY = "start it by srun, or unset the variables SLURM_* to train alone"
+_PROXIES = ("grpc_proxy", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 _GRACE = 20  # seconds that process 0 may have started later, and so wait longer for the rest
 
 _patience = 300  # seconds in which all must come to a meeting; `connect` sets it
@@ -50,6 +52,7 @@ def connect(given: Place | None, wait: int, heartbeat: int) -> None:
     place = given or from_environment(wait)
     if place is None or place.processes == 1:
         return
+    _pass_proxies(place.coordinator)
     deadline = time.monotonic() + wait
     if place.process == 0:
         _gather(place, deadline, wait)
@@ -61,6 +64,16 @@ def connect(given: Place | None, wait: int, heartbeat: int) -> None:
         place.coordinator, place.processes, place.process, place.local_devices,
         initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=wait,
     )  # fmt: skip
+
+
+def _pass_proxies(coordinator: str) -> None:
+    """Keeps gRPC, by which jax speaks with process 0, from asking a web proxy of the cluster for it."""
+    if not any(os.environ.get(name) for name in _PROXIES):
+        return
+    host = coordinator.rpartition(":")[0].strip("[]")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        if name == "no_proxy" or os.environ.get(name):  # the second, where it is set, is read instead of the first
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name) or os.environ.get(name.upper()), host]))
 
 
 def alone() -> bool:
@@ -80,11 +93,17 @@ def from_environment(wait: int) -> Place | None:
                 "and JOB_COMPLETION_INDEX beside it, as in launch/kubernetes/train.yaml"
             ) from error
     if slurm_cluster.SlurmCluster.is_env_present():
-        tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_STEP_NUM_NODES", 1))
+        # Of the step: a shell within an allocation is a step of one task, and is told of the allocation's all the same.
+        tasks = _number("SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
+        if tasks == 1:
+            return None
+        nodes = _number("SLURM_STEP_NUM_NODES") if env.get("SLURM_STEP_NUM_NODES") else 1
+        if not env["SLURM_STEP_NODELIST"]:
+            raise ValueError(f"SLURM_STEP_NODELIST is empty; {_SLURM_REMEDY}")
         address = slurm_cluster.SlurmCluster.get_coordinator_address(wait, env.get("MOSAICS_PORT"))
-        return Place(address, tasks, int(env["SLURM_PROCID"]), _own_gpu(tasks > nodes, int(env["SLURM_LOCALID"])))
+        return Place(address, tasks, _number("SLURM_PROCID"), _own_gpu(tasks > nodes, _number("SLURM_LOCALID")))
     if "OMPI_COMM_WORLD_SIZE" in env:
-        processes, here = int(env["OMPI_COMM_WORLD_SIZE"]), int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
+        processes, here = _number("OMPI_COMM_WORLD_SIZE"), _number("OMPI_COMM_WORLD_LOCAL_SIZE")
         if processes == here:
             address = f"localhost:{env.get('MOSAICS_PORT', 61711)}"
         elif "OMPI_MCA_orte_hnp_uri" in env:
@@ -94,9 +113,18 @@ def from_environment(wait: int) -> Place | None:
                 "Open MPI 5 does not tell where process 0 is; set --coordinator=HOST:PORT "
                 "--processes=$OMPI_COMM_WORLD_SIZE --process=$OMPI_COMM_WORLD_RANK"
             )
-        local = int(env["OMPI_COMM_WORLD_LOCAL_RANK"])
-        return Place(address, processes, int(env["OMPI_COMM_WORLD_RANK"]), _own_gpu(here > 1, local))
+        local = _number("OMPI_COMM_WORLD_LOCAL_RANK")
+        return Place(address, processes, _number("OMPI_COMM_WORLD_RANK"), _own_gpu(here > 1, local))
     return None
+
+
+def _number(name: str) -> int:
+    """The number that a scheduler gave. ValueError, naming the variable, where it is none."""
+    found = os.environ.get(name)
+    if found is None or not found.isdecimal():
+        remedy = _SLURM_REMEDY if name.startswith("SLURM") else "start it by mpirun, or unset the variables OMPI_*"
+        raise ValueError(f"{name} is {'not set' if found is None else repr(found)}; legal: a number ({remedy})")
+    return int(found)
 
 
 def _own_gpu(shared: bool, local: int) -> list[int]:

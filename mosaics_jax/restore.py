@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from mosaics_jax import processes, sharding
+from mosaics_jax import integrity, paths, processes, sharding
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config
 from mosaics_jax.data.tokenizer import load_tokenizer
@@ -36,7 +35,7 @@ def make_state(
 ) -> Start:  # fmt: skip
     """The newest state that is whole, in its shardings; a checkpoint that is damaged is moved aside, and said.
 
-    Raises ValueError where the newest is another run's.
+    Raises ValueError where the newest is another run's, and UnreadableError where one cannot be looked at.
     """
     began = time.perf_counter()
     shapes = jax.eval_shape(lambda: init_state(config))
@@ -48,7 +47,8 @@ def make_state(
             assert local is not None
             tried = local
         problem = checkpoints.problem(step) if tier == "durable" else ""
-        problem = problem or processes.agree(*_readable(tried, step, record))
+        if not problem:
+            problem = integrity.agreed(functools.partial(_damage, tried, step, record), f"record of checkpoint {step}")
         if not problem:
             try:
                 return Start(tried.restore(step, abstract), step, tier, time.perf_counter() - began)
@@ -68,17 +68,16 @@ def _candidates(checkpoints: Checkpoints, local: LocalCheckpoints | None) -> lis
     return sorted(found, reverse=True)
 
 
-def _readable(tier: Checkpoints | LocalCheckpoints, step: int, record: RunRecord) -> tuple[str, str]:
-    """What is wrong with the record of a checkpoint, if it can be read at all; that of another run is an error."""
-    what = f"record of checkpoint {step}"
+def _damage(tier: Checkpoints | LocalCheckpoints, step: int, record: RunRecord) -> str:
+    """What is wrong with the record of a checkpoint, or "". Raises ValueError for that of another run."""
     try:
         saved = tier.record(step)
     except ValueError as error:
-        return str(error), what
+        return str(error)
     # The checkpoint that a change of data starts from was made with the old; the workdir's record has accepted that.
     accepted = any(change["step"] >= step for change in record.data_changes)
     check_same_run(saved, record, f"checkpoint {step}", accepted)
-    return "", what
+    return ""
 
 
 def state_shardings(config: Config, mesh: Mesh, shapes: TrainState) -> TrainState:
@@ -98,7 +97,7 @@ def state_shardings(config: Config, mesh: Mesh, shapes: TrainState) -> TrainStat
 
 def check_initial(config: Config, tokenizer_fingerprint: str) -> None:
     """Raises ValueError where the run of `config.init_from` has another model or tokenizer, or no weights."""
-    workdir = pathlib.Path(config.init_from)
+    workdir = paths.absolute(config.init_from)
     saved = Config.from_dict(read_run_record(workdir).config).model
     differing = [
         f"--config.model.{field.name}={getattr(saved, field.name)!r} (not {getattr(config.model, field.name)!r})"
@@ -121,7 +120,7 @@ def check_initial(config: Config, tokenizer_fingerprint: str) -> None:
 
 def initial_weights(config: Config, shapes: Any, shardings: Any) -> Any:
     """The newest weights of the run `config.init_from`, in these shardings."""
-    checkpoints = Checkpoints(pathlib.Path(config.init_from))
+    checkpoints = Checkpoints(paths.absolute(config.init_from))
     try:
         abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
         return checkpoints.params(checkpoints.chosen(None), abstract)

@@ -55,7 +55,7 @@ def init_state(config: Config, params: dict[str, Any] | None = None) -> TrainSta
 def draw_delay(config: Config, step: jax.Array) -> jax.Array:
     """m ~ UniformInteger[delay_min, delay_max]: one draw of a step, shared by all layers and rows."""
     key = jax.random.fold_in(Seed(config.run.seed).fold("delay").key(), step)
-    return jax.random.randint(key, (), config.model.delay_min, config.model.delay_max + 1)
+    return jax.random.randint(key, (), config.model.delay_min, config.model.delay_max + 1, jnp.int32)
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mosaics_jax import compilation, metrics, processes, sharding
+from mosaics_jax import compilation, lock, metrics, paths, processes, sharding
 from mosaics_jax.checkpoint import Checkpoints, SaveFailed
 from mosaics_jax.config import Config
 from mosaics_jax.data.corpora import Corpora
@@ -29,7 +29,7 @@ def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = F
     Raises ValueError for what the user can mend, TrainingStopped where too many steps in a row were skipped, SaveFailed
     where a checkpoint could not be written, and processes.Missing.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = paths.absolute(workdir)
     corpora = Corpora(config.data)  # all is checked before anything is made
     if corpora.vocabulary > config.model.vocabulary:
         raise ValueError(
@@ -44,6 +44,7 @@ def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = F
     compilation.use_cache(config.run, workdir)
     record = RunRecord(config.to_dict(), corpora.fingerprint, 0)
     with contextlib.ExitStack() as stack:
+        _hold(stack, workdir)
         checkpoints, record = _open_workdir(workdir, config, corpora, record, accept_new_data)
         stack.callback(checkpoints.close)
         local = None
@@ -60,11 +61,23 @@ def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = F
         return Loop(config, workdir, corpora, mesh, checkpoints, local, record, writer, watchdog).run(start)
 
 
+def _hold(stack: contextlib.ExitStack, workdir: pathlib.Path) -> None:
+    """Makes the workdir, and keeps other runs from writing there. ValueError, on all processes, where one does."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.hold(workdir / "lock", str(workdir)))
+        except lock.HeldError as error:
+            problem = str(error)
+    if problem := processes.agree(problem, "lock of the workdir"):
+        raise ValueError(problem)
+
+
 def _open_workdir(
     workdir: pathlib.Path, config: Config, corpora: Corpora, record: RunRecord, accept_new_data: bool
 ) -> tuple[Checkpoints, RunRecord]:
-    """Makes the workdir, or checks that the run it holds is this one; its record, with all changes of its data."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Checks that the run that the workdir holds, if any, is this one; its record, with all changes of its data."""
     saved = read_run_record(workdir) if (workdir / "config.json").exists() else None
     if saved:
         check_same_run(saved, record, str(workdir), accept_new_data)

@@ -13,7 +13,7 @@ PACKAGES = ("mosaics_jax", "pallas_kernels", "configs", "launch")
 
 # The floors of the house, lowest first. A module imports from its own floor's folder or from floors below.
 FLOORS = [
-    {"mosaics_jax", "mosaics_jax.dims"},
+    {"mosaics_jax", "mosaics_jax.dims", "mosaics_jax.lock", "mosaics_jax.paths"},
     {"mosaics_jax.config"},
     {
         "configs",
@@ -30,6 +30,8 @@ FLOORS = [
         "mosaics_jax.record",
         "mosaics_jax.fingerprint",
         "mosaics_jax.goodput",
+        "mosaics_jax.history",
+        "mosaics_jax.processes",
     },
     {
         "mosaics_jax.integrity",
@@ -39,7 +41,7 @@ FLOORS = [
         "mosaics_jax.decode",
         "mosaics_jax.export",
     },
-    {"mosaics_jax.checkpoint", "mosaics_jax.local_checkpoint", "mosaics_jax.roofline", "mosaics_jax.processes"},
+    {"mosaics_jax.checkpoint", "mosaics_jax.local_checkpoint", "mosaics_jax.roofline"},
     {"mosaics_jax.restore", "mosaics_jax.loop", "mosaics_jax.watchdog", "mosaics_jax.compilation"},
     {"mosaics_jax.train", "mosaics_jax.api", "mosaics_jax.evaluate", "mosaics_jax.explore"},
     {"mosaics_jax.plan", "mosaics_jax.claims"},

@@ -145,7 +145,7 @@ def test_what_goes_to_disk_wrong_is_never_kept_as_good(
         lambda item, part: {name: value ^ (item.parent.name == "6") for name, value in real(item, part).items()},
     )
     train(helpers.tiny_config(corpus), tmp_path / "run")
-    assert "checkpoint 6 is not on the disk what it was, and set aside: " in capsys.readouterr().out
+    assert "checkpoint 6: it is not on the disk what it was, and set aside: " in capsys.readouterr().out
     assert [path.name.split("-")[0] for path in (tmp_path / "run" / "damaged").iterdir()] == ["6"]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["3", "8"]
 

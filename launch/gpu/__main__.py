@@ -20,8 +20,8 @@ from launch.gpu.bundle import read as bundles
 from launch.gpu.jobs import sources
 
 _JOB = flags.DEFINE_enum("job", "suite", list(suite.JOBS), "what to run")
-_OUTPUT = flags.DEFINE_string("output", None, "directory of the results; $OUT where it is set, or docs/results/gpu")
-_BUNDLE = flags.DEFINE_string("bundle", "build/gpu", "directory of the bundle, if there is one")
+_OUTPUT = command.define_path("output", None, "directory of the results; $OUT where it is set, or docs/results/gpu")
+_BUNDLE = command.define_path("bundle", "build/gpu", "directory of the bundle, if there is one")
 _MINUTES = flags.DEFINE_float("minutes", None, "what the call may take; the job's own, if not given")
 _DRY = flags.DEFINE_bool("dry", False, "tiny, interpreted, on a CPU: a trial of the suite itself")
 
@@ -29,7 +29,7 @@ _DRY = flags.DEFINE_bool("dry", False, "tiny, interpreted, on a CPU: a trial of 
 def main() -> None:
     if _MINUTES.value is not None and not 0 < _MINUTES.value <= 60:
         raise ValueError(f"--minutes is {_MINUTES.value}; legal: more than 0, at most 60")
-    carried = bundles.Bundle(pathlib.Path(_BUNDLE.value).expanduser().absolute(), "dry" if _DRY.value else "card")
+    carried = bundles.Bundle(pathlib.Path(_BUNDLE.value), "dry" if _DRY.value else "card")
     parts, seconds = suite.JOBS[_JOB.value]
     results = report.begun(_JOB.value, sources(_JOB.value), carried, _DRY.value)
     page = report.Report(report.folder(_OUTPUT.value), results)

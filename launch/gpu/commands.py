@@ -26,8 +26,8 @@ from launch.gpu.bundle import wheels
 from launch.gpu.jobs import sources
 
 _JOB = flags.DEFINE_enum("job", "train", ["train", "claims"], "what to run")
-_OUTPUT = flags.DEFINE_string("output", None, "directory of the results; $OUT where it is set, or docs/results/gpu")
-_BUNDLE = flags.DEFINE_string("bundle", "build/gpu", "directory of the bundle, whose wheels are used")
+_OUTPUT = command.define_path("output", None, "directory of the results; $OUT where it is set, or docs/results/gpu")
+_BUNDLE = command.define_path("bundle", "build/gpu", "directory of the bundle, whose wheels are used")
 _TEXT = flags.DEFINE_string("text", "", "what claims are made of, as `launch.claims --text` takes it")
 _DRY = flags.DEFINE_bool("dry", False, "tiny, on a CPU: a trial of the job itself")
 
@@ -45,7 +45,7 @@ class Step:
 
 
 def main() -> None:
-    carried = bundles.Bundle(pathlib.Path(_BUNDLE.value).expanduser().absolute(), "dry" if _DRY.value else "card")
+    carried = bundles.Bundle(pathlib.Path(_BUNDLE.value), "dry" if _DRY.value else "card")
     results = report.begun(_JOB.value, sources(_JOB.value), carried, _DRY.value)
     page = report.Report(report.folder(_OUTPUT.value), results)
     print(f"{results['device']}, driver {results['driver']}", flush=True)

@@ -22,7 +22,7 @@ _MINUTES = flags.DEFINE_float("minutes", 8.0, "what all jobs together may take")
 _RUN = flags.DEFINE_bool("run", True, "run the jobs, and not only print them")
 _WRITE = flags.DEFINE_bool("write", False, "write the queue and the newest figures into the README of the results")
 _DRY = flags.DEFINE_bool("dry", False, "run them tiny, on a CPU, whether due or not")
-_OUTPUT = flags.DEFINE_string("output", None, "directory of the results; $OUT where it is set, or docs/results/gpu")
+_OUTPUT = command.define_path("output", None, "directory of the results; $OUT where it is set, or docs/results/gpu")
 
 
 def main() -> None:

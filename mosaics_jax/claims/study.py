@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from configs import claims as recipe
-from mosaics_jax import goodput
+from mosaics_jax import history
 from mosaics_jax.claims.episodes import TASKS, write
 from mosaics_jax.claims.measures import Answers, Asked, AskedTask, AskedText, Measure
 from mosaics_jax.config import Config, MeshConfig
@@ -204,7 +204,7 @@ def answers_folder(long_term: bool) -> str:
 def _last_evaluation(folder: pathlib.Path, steps: int) -> float | None:
     """The held-out bits per byte of a run that is finished."""
     path = folder / "metrics.jsonl"
-    records = goodput.records(path) if path.is_file() else []
+    records = history.records(path) if path.is_file() else []
     if not any(record["kind"] == "end" and record["why"] == "finished" for record in records):
         return None
     return next(float(r["bits_per_byte"]) for r in reversed(records) if r["kind"] == "eval" and r["step"] == steps)

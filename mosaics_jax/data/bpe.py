@@ -2,13 +2,20 @@
 
 import base64
 import binascii
+import concurrent.futures
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 import tokenizers
 
 TRAINING_BYTES = 50_000_000
+_TRIAL_BYTES = 1_000_000
+_LONGEST_WORD = 1000
+# What is reported of, and in which unit: bytes, seconds.
+READING, LEARNING = "reading for the tokenizer", "learning the tokenizer"
+Report = Callable[[str, int, int], None]
 
 # The split of Llama-3; our own BPE is trained under the same one.
 SPLIT = (
@@ -16,10 +23,11 @@ SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # tiktoken's regex engine overflows its stack in one run of some hundred thousand spaces, so long texts go in pieces.
-# Between an ASCII letter and a space or newline, and after a lone newline, `SPLIT` always ends a word: cutting there
-# changes no id.
+# `SPLIT` always ends a word between a letter and a space, line end or full-width mark, and after a lone line end:
+# cutting there changes no id. Only letters that every version of Unicode knows count: ASCII's, kana, Han and Hangul.
 _PIECE = 100_000
-SAFE_CUT = re.compile(r"[A-Za-z](?=[ \n])|\S\n(?=\S)")
+_LETTER = "[A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3]"
+SAFE_CUT = re.compile(rf"{_LETTER}(?=[ \r\n\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])|\S\r?\n(?=\S)")
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -44,24 +52,47 @@ def _cut_long_space(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def train_ranks(size: int, texts: Iterable[str]) -> dict[bytes, int]:
+def train_ranks(size: int, texts: Iterable[str], report: Report = lambda what, done, total: None) -> dict[bytes, int]:
     """Learns `size` ranks, or as many as there are to find, from the first 50 MB of `texts`. Deterministic.
 
-    The merges are learned by tokenizers and meant for tiktoken, which gives the same ids several times faster.
+    The merges are learned by tokenizers and meant for tiktoken, which gives the same ids several times faster. Words of
+    more than 1,000 bytes (a genome is one) are cut there: learning takes the square of a word's length.
+
+    Args:
+      report: called at least every second with what is done, and how much of how much of it.
     """
+    held, taken = [], 0
+    for text in texts:
+        if taken >= TRAINING_BYTES:
+            break
+        held.append(text)
+        taken += len(text.encode())
+        report(READING, min(taken, TRAINING_BYTES), TRAINING_BYTES)
+    began = time.monotonic()
+    if taken > _TRIAL_BYTES:  # its time tells that of the whole, about
+        _learn(size, list(_first_bytes(held, _TRIAL_BYTES)))
+    about = (time.monotonic() - began) * taken / _TRIAL_BYTES
+    with concurrent.futures.ThreadPoolExecutor(1, "tokenizer") as executor:
+        began, learning = time.monotonic(), executor.submit(_learn, size, held)
+        while not concurrent.futures.wait([learning], 1).done:
+            report(LEARNING, int(min(time.monotonic() - began, about)), max(1, int(about)))
+    return learning.result()
+
+
+def _learn(size: int, texts: list[str]) -> dict[bytes, int]:
+    kinds = tokenizers.pre_tokenizers
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    inner.pre_tokenizer = kinds.Sequence(
         [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            kinds.Split(tokenizers.Regex(SPLIT), behavior="isolated"),
+            kinds.ByteLevel(add_prefix_space=False, use_regex=False),
+            kinds.FixedLength(length=_LONGEST_WORD),
         ]
     )
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size, initial_alphabet=kinds.ByteLevel.alphabet(), show_progress=False
     )
-    inner.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    inner.train_from_iterator(texts, trainer)
     byte_of = _byte_of_character()
     return {bytes(byte_of[c] for c in token): rank for token, rank in inner.get_vocab().items()}
 

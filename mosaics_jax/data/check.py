@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mosaics_jax.data import files
 from mosaics_jax.data.corpora import PACKINGS
-from mosaics_jax.data.corpus import AGAIN, SKIPPED, Manifest, Shard, Split, checksums, length_counts
+from mosaics_jax.data.corpus import AGAIN, FILES, SKIPPED, Manifest, Shard, Split, checksums, length_counts
+from mosaics_jax.data.files import COMPRESSIONS
 from mosaics_jax.data.packing import BestFitRows
 from mosaics_jax.data.source import fields
-from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mosaics_jax.data.tokenizer import Tokenizer, continuation, load_tokenizer
 
 _PIECE_TOKENS = 1 << 22
 _SHOWN = 300
@@ -51,7 +53,10 @@ def _shard_problems(manifest: Manifest, shard: Shard, lengths: Counter[int]) -> 
         sums = (manifest.directory / shard.checksums_file).read_bytes()
         ends = np.fromfile(manifest.directory / shard.documents_file, "<u8").astype(np.int64)
     except OSError as error:
-        yield f"{str(error.filename)!r} cannot be read ({error.strerror}); {AGAIN}"
+        problem = files.cannot_read(error.filename, error, AGAIN)
+        if not isinstance(problem, ValueError):
+            raise problem from error
+        yield str(problem)
         return
     if (expected := shard.tokens * manifest.stored.itemsize) != size:
         yield f"shard {str(path)!r} has {size} bytes, {expected} expected; {AGAIN}"
@@ -157,10 +162,32 @@ def describe_row(manifest: Manifest, split: str, row: int, context: int, packing
 
 
 def _shortened(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(ids) if ids[0] == tokenizer.begin else continuation(tokenizer, ids)
     if len(text) <= 2 * _SHOWN:
         return text
     return f"{text[:_SHOWN]}\n[... {len(text) - 2 * _SHOWN:,} characters ...]\n{text[-_SHOWN:]}"
+
+
+def files_read(manifest: Manifest) -> list[str]:
+    """What of its input was read, and as what, and what was left out, in a few lines; files.jsonl has all."""
+    path = manifest.directory / FILES
+    if not path.exists():
+        return []
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    read = [pathlib.Path(one["path"]) for one in found if "read" in one]
+    kinds = Counter(_kind(pathlib.Path(one["path"]), one["read"]) for one in found if "read" in one)
+    lines = [f"read {len(read):,} files: {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(8))}"]
+    why = Counter((pathlib.Path(one["path"]).suffix, one["left_out"]) for one in found if "left_out" in one)
+    for (suffix, reason), count in why.most_common(8):
+        lines.append(f"left out: {count:,} {suffix or 'without a suffix'}, because each {reason}")
+    if len(why) > 8:
+        lines.append(f"left out: {why.total() - sum(count for _, count in why.most_common(8)):,} others")
+    return [*lines, f"{path} lists each file"] if why else lines
+
+
+def _kind(path: pathlib.Path, read: str) -> str:
+    named, kind = "".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix, f"as {read}"
+    return f"{named} as records" if read == "jsonl" and ".json" in path.suffixes else named or kind
 
 
 def skipped_records(manifest: Manifest) -> list[str]:

@@ -14,8 +14,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mosaics_jax import paths
+from mosaics_jax.data import files
+
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
+FILES = "files.jsonl"
 SPLITS = ("train", "valid")
 BLOCK = 1 << 14
 _FORMAT = "mosaics_jax tokens"
@@ -74,6 +78,7 @@ class Manifest:
     Attributes:
       skipped: number of documents left out, by reason: empty, not_utf8, broken (each listed in skipped.jsonl).
       arguments, command: what made it, without what does not change the result.
+      note: how documents were held out, where the hash of each left a split empty.
     """
 
     directory: pathlib.Path
@@ -87,6 +92,7 @@ class Manifest:
     skipped: Mapping[str, int]
     arguments: Mapping[str, Any]
     command: str = ""
+    note: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +135,7 @@ class Manifest:
     @classmethod
     def load(cls, directory: str | pathlib.Path) -> "Manifest":
         """Reads `directory`/manifest.json. ValueError if it is absent, not JSON, or of another format."""
-        path = pathlib.Path(directory) / MANIFEST
+        path = paths.absolute(directory) / MANIFEST
         if not os.path.isdir(path.parent):  # False also for what can be no path; so is isfile
             raise ValueError(f"no prepared corpus: {str(directory)!r} is not a directory; {_REMEDY}")
         if not os.path.isfile(path):
@@ -154,6 +160,7 @@ def _manifest_from(directory: pathlib.Path, body: Any) -> Manifest:
         "dtype": lambda value: value in ("uint16", "uint32"), "vocabulary": _id, "begin": _id, "end": _id,
         "tokenizer_kind": _text, "tokenizer_fingerprint": _text, "splits": _mapping, "skipped": _counts,
         "arguments": _mapping, "command": lambda value: isinstance(value, str),
+        "note": _text,
     })  # fmt: skip
     if sorted(made.splits) != sorted(SPLITS):
         raise ValueError(f"splits {reprlib.repr(list(made.splits))}; legal: {', '.join(SPLITS)}")
@@ -222,7 +229,7 @@ def shard_document_ends(manifest: Manifest, shard: Shard) -> np.ndarray:
     try:
         ends = np.fromfile(path, "<u8").astype(np.int64)
     except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}); {AGAIN}") from error
+        raise files.cannot_read(path, error, AGAIN) from error
     sizes = np.diff(ends, prepend=0)
     if len(ends) != shard.documents or sizes.min(initial=2) < 2 or int(sizes.sum()) != shard.tokens:
         raise ValueError(f"{str(path)!r} does not match its shard; {AGAIN}")
@@ -271,6 +278,6 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 def cannot_write(path: pathlib.Path, error: OSError) -> ValueError:
     return ValueError(
-        f"{str(path)!r} cannot be written ({error.strerror}); make room or name another --output; "
+        f"{str(path)!r} cannot be written ({files.meaning(error)}); mend that, or name another --output; "
         "the same command goes on from what is done"
     )

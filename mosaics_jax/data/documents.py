@@ -1,29 +1,19 @@
 """The documents of a unit of work, in order, in parts of bounded size: memory does not grow with a file."""
 
 import codecs
-import contextlib
-import gzip
-import io
 import json
-import lzma
 import pathlib
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-import zstandard
-
 from mosaics_jax.data.bpe import SAFE_CUT
+from mosaics_jax.data.files import Advance, guarded, open_plain
 from mosaics_jax.data.inputs import Unit
 
 MOST_RECORD_BYTES = 1 << 25
 _PART_BYTES = 1 << 22
-# What the decompressors raise for a file that is damaged or is not of its suffix's format.
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-
-# Called with how many more bytes of the unit have been read.
-Advance = Callable[[int], None]
+_MOST_HELD = 1 << 23  # characters
 
 
 class Part(NamedTuple):
@@ -89,7 +79,7 @@ def _read_text(unit: Unit, advance: Advance) -> Iterator[Part | Broken]:
 
 
 def _cut(path: pathlib.Path, stream: BinaryIO) -> Iterator[Part]:
-    """The text of a long file, cut where no tokenizer of ours changes an id."""
+    """The text of a long file, cut where no tokenizer of ours changes an id, and in words of over 8 M characters."""
     decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
     while content := guarded(path, lambda: stream.read(_PART_BYTES)):
         held += decoder.decode(content)
@@ -102,10 +92,9 @@ def _cut(path: pathlib.Path, stream: BinaryIO) -> Iterator[Part]:
         if cut:
             yield Part(held[:cut], held[:cut].encode(), last=False)
             held = held[cut:]
-        elif len(held) > MOST_RECORD_BYTES:
-            raise ValueError(
-                f"{str(path)!r} has {len(held):,} characters without a word or line between them; it is no text"
-            )
+        elif len(held) > _MOST_HELD:  # one word: memory ends before it does
+            yield Part(held, held.encode(), last=False)
+            held = ""
     yield Part(held, held.encode())
 
 
@@ -186,78 +175,3 @@ def _lines_before(path: pathlib.Path, place: int) -> int:
             count += piece.count(b"\n")
             place -= len(piece)
     return count
-
-
-def guarded(path: pathlib.Path, read: Callable[[], bytes]) -> bytes:
-    try:
-        return read()
-    except _DAMAGE as error:
-        raise damaged(path, error) from error
-
-
-def damaged(path: pathlib.Path | str, error: Exception) -> ValueError:
-    return ValueError(f"{str(path)!r} cannot be read ({error}); the file is damaged or not what its suffix says")
-
-
-@contextlib.contextmanager
-def open_plain(path: pathlib.Path, advance: Advance) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a file; `advance` hears of the bytes of the file itself."""
-    try:
-        counted = _Counted(path, advance)
-    except OSError as error:
-        raise damaged(path, error) from error
-    with io.BufferedReader(counted, 1 << 20) as raw:
-        stream: Any = raw
-        match path.suffix.lower():
-            case ".gz":
-                stream = gzip.open(raw)  # noqa: SIM115 (closed below)
-            case ".xz":
-                stream = lzma.open(raw)  # noqa: SIM115
-            case ".zst":
-                stream = io.BufferedReader(_ZstdFile(raw))
-        with stream:
-            yield stream
-
-
-class _Counted(io.FileIO):
-    def __init__(self, path: pathlib.Path, advance: Advance):
-        super().__init__(path)
-        self._advance = advance
-
-    def readinto(self, buffer: Any) -> int:
-        size = super().readinto(buffer)
-        self._advance(size or 0)
-        return size or 0
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a .zst file; EOFError if it is cut short, where zstandard's own reader would just stop."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._compressed or self._file.read(1 << 14)
-            if not data:
-                if self._frame:
-                    raise EOFError("it ends inside a compressed frame")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready, self._compressed = memoryview(self._frame.decompress(data)), b""
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mosaics_jax.data import files
 from mosaics_jax.data.corpus import Manifest, Shard, cannot_write, shard_document_ends, write_whole
 from mosaics_jax.data.source import Tokens, check_context, check_size
 
@@ -185,7 +186,7 @@ def _numbers(path: str, start: int, count: int) -> np.ndarray:
             whole = 0 <= 8 * start <= 8 * (start + count) <= size  # a damaged plan names places that no file has
             content = os.pread(stream.fileno(), 8 * count, 8 * start) if whole else b""
     except OSError as error:
-        raise ValueError(f"{path!r} cannot be read ({error.strerror}); plan the rows again") from error
+        raise files.cannot_read(path, error, "plan the rows again") from error
     if not whole or len(content) != 8 * count:
         raise ValueError(f"{path!r} ends at byte {size}, {8 * (start + count)} expected; plan the rows again")
     return np.frombuffer(content, "<u8").astype(np.int64)

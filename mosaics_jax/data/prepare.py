@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from mosaics_jax.data.corpus import MANIFEST, SKIPPED, SPLITS, Manifest, Shard, Split, write_whole
+from mosaics_jax import paths
+from mosaics_jax.data.corpus import FILES, MANIFEST, SKIPPED, SPLITS, Manifest, Shard, Split, write_whole
 from mosaics_jax.data.documents import Broken, read_parts
-from mosaics_jax.data.inputs import PYTHON_CORPUS, Unit, find_units
+from mosaics_jax.data.inputs import PYTHON_CORPUS, Found, Unit, find_units
 from mosaics_jax.data.pool import Pool
 from mosaics_jax.data.shards import Layout, write_shard
-from mosaics_jax.data.stage import Reading, Stage, held_out, stage_name, token_type, write_stage
+from mosaics_jax.data.splits import assigned, other_rule
+from mosaics_jax.data.stage import Reading, Stage, stage_name, token_type, write_stage
 from mosaics_jax.data.tables import RECORD_FORMATS
 from mosaics_jax.data.tokenizer import Tokenizer, make_tokenizer
 from mosaics_jax.data.workplace import Settings, UnusableError, workplace
@@ -87,36 +89,36 @@ def prepare(
     """
     settings = Settings(tokenizer, valid_fraction, shard_tokens, max_bytes, text_field, record_format, shuffle_seed)
     _check(settings, skip_bad_records, workers)
-    units = find_units(inputs, tfds_dir)
-    target = pathlib.Path(output).absolute()
+    found = find_units(inputs, tfds_dir, text_field)
+    target = paths.absolute(output)
+    reading, note = settings.reading, ""
     with workplace(target, settings) as partial:
-        made = _tokenizer(partial, settings, units)
-        with Pool(workers, partial / "tokenizer") as pool:
-            stages = _stages(pool, units, partial / "stages", settings, skip_bad_records, progress)
-            for name, remedy in (("valid", "raise"), ("train", "lower")):
-                if not sum(stage.documents[name] for stage in stages):
-                    count = sum(sum(stage.documents.values()) for stage in stages)
-                    raise UnusableError(
-                        f"valid_fraction is {valid_fraction}, which leaves the {name} split of {count} documents "
-                        f"empty; {remedy} valid_fraction or give more documents"
-                    )
-            splits = _splits(pool, stages, partial, settings, token_type(made), progress)
+        while True:
+            made = _tokenizer(partial, settings, reading, found.units, progress)
+            with Pool(workers, partial / "tokenizer") as pool:
+                stages = _stages(pool, found.units, partial / "stages", settings, reading, skip_bad_records, progress)
+                if other := _other_reading(stages, settings, reading):
+                    reading, note = other
+                    continue
+                splits = _splits(pool, stages, partial, settings, token_type(made), progress)
+            break
+        _list_files(found, len(stages), partial)
         manifest = Manifest(
             directory=partial, dtype=token_type(made).name, vocabulary=made.vocabulary, begin=made.begin, end=made.end,
             tokenizer_kind=made.kind, tokenizer_fingerprint=made.fingerprint, splits=splits,
             skipped=_skipped(stages, partial), arguments={"inputs": list(inputs), **dataclasses.asdict(settings)},
-            command=_command(inputs, settings),
+            command=_command(inputs, settings), note=note,
         )  # fmt: skip
         manifest.save()
         _clear(manifest)
         os.rename(partial, target)
-    return dataclasses.replace(manifest, directory=pathlib.Path(output))
+    return dataclasses.replace(manifest, directory=target)
 
 
 def _clear(manifest: Manifest) -> None:
     """Removes what only the making needed, and shards of another layout that a stopped run had begun."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    kept = {MANIFEST, SKIPPED, manifest.tokenizer_directory.name}
+    kept = {MANIFEST, SKIPPED, FILES, manifest.tokenizer_directory.name}
     kept |= {name for shard in shards for name in (shard.file, shard.checksums_file, shard.documents_file)}
     for path in manifest.directory.iterdir():
         if path.name not in kept:
@@ -137,32 +139,55 @@ def _check(settings: Settings, skip_bad_records: int, workers: int) -> None:
         raise ValueError(f"record_format is {settings.record_format!r}; legal: {', '.join(RECORD_FORMATS)}")
 
 
-def _tokenizer(partial: pathlib.Path, settings: Settings, units: list[list[Unit]]) -> Tokenizer:
+def _tokenizer(
+    partial: pathlib.Path, settings: Settings, reading: Reading, units: list[list[Unit]],
+    progress: Callable[[Progress], None],
+) -> Tokenizer:  # fmt: skip
     """Makes the tokenizer, also when a run goes on: stages of another are not taken for its own."""
-    made = make_tokenizer(settings.tokenizer, _training_texts(units, settings))
+
+    def report(what: str, done: int, total: int) -> None:
+        progress(Progress(what, done, total, 0))
+
+    made = make_tokenizer(settings.tokenizer, _training_texts(units, settings.max_bytes, reading), report)
     shutil.rmtree(partial / "tokenizer", ignore_errors=True)
     made.save(partial / "tokenizer")
     return made
 
 
-def _training_texts(units: list[list[Unit]], settings: Settings) -> Iterator[str]:
-    reading, taken, held = settings.reading, 0, None
+def _training_texts(units: list[list[Unit]], max_bytes: int | None, reading: Reading) -> Iterator[str]:
+    taken = 0
     for unit in itertools.chain.from_iterable(units):
-        for part in read_parts(unit, reading.text_field, reading.record_format, lambda size: None):
-            if isinstance(part, Broken):
+        parts = read_parts(unit, reading.text_field, reading.record_format, lambda size: None)
+        for piece in assigned(parts, reading.rule):
+            if isinstance(piece, Broken):
                 continue  # the first pass counts it, or refuses it
-            held = held_out(part.utf8, reading.valid_fraction) if held is None else held
-            if not held:
-                yield part.text
-            taken += len(part.utf8)
-            if part.last:
-                held = None
-                if settings.max_bytes is not None and taken >= settings.max_bytes:
-                    return
+            if piece.split == "train":
+                yield piece.part.text
+            taken += len(piece.part.utf8)
+            if piece.ends and max_bytes is not None and taken >= max_bytes:
+                return
+
+
+def _other_reading(stages: list[Stage], settings: Settings, reading: Reading) -> tuple[Reading, str] | None:
+    """How to read where a split is empty, and what to say of it; None where none is. Raises UnusableError."""
+    documents = {name: sum(stage.documents[name] for stage in stages) for name in SPLITS}
+    if all(documents.values()):
+        return None
+    size = sum(sum(stage.bytes.values()) for stage in stages)
+    hashes = [number for stage in stages for number in stage.hashes]
+    first = reading == settings.reading and hashes
+    other = other_rule(settings.valid_fraction, documents, size, (min(hashes), max(hashes))) if first else None
+    if other is None:
+        raise UnusableError(
+            f"{sum(documents.values())} documents cannot be divided into {' and '.join(SPLITS)}: they are all equal, "
+            "or of one character; give more"
+        )
+    rule, note = other
+    return dataclasses.replace(reading, rule=rule), note
 
 
 def _stages(
-    pool: Pool, units: list[list[Unit]], folder: pathlib.Path, settings: Settings, most_broken: int,
+    pool: Pool, units: list[list[Unit]], folder: pathlib.Path, settings: Settings, reading: Reading, most_broken: int,
     progress: Callable[[Progress], None],
 ) -> list[Stage]:  # fmt: skip
     """The first pass: a stage file for each unit, in the order of the input, as far as `max_bytes` reaches."""
@@ -173,7 +198,7 @@ def _stages(
     def report(tokens: int, size: int) -> None:
         progress(Progress("tokenizing", size, total, tokens))
 
-    tasks = [(unit, folder, settings.reading, most_broken, limit) for _, unit in flat]
+    tasks = [(unit, folder, reading, most_broken, limit) for _, unit in flat]
     stages: list[Stage] = []
     taken = broken = 0
     for stage in pool.map(_stage_task, tasks, report):
@@ -204,7 +229,7 @@ def _stage_task(
     tokenizer: Tokenizer, unit: Unit, folder: pathlib.Path, reading: Reading, most_broken: int, limit: int | None,
     progress: Callable[[int, int], None] = lambda tokens, size: None,
 ) -> Stage:  # fmt: skip
-    if stage := Stage.find(folder / stage_name(unit, tokenizer, limit)):
+    if stage := Stage.find(folder / stage_name(unit, tokenizer, reading, limit)):
         progress(0, unit.size)
         return stage
     return write_stage(unit, folder, tokenizer, reading, most_broken, limit, progress)
@@ -268,6 +293,17 @@ def _skipped(stages: list[Stage], folder: pathlib.Path) -> dict[str, int]:
         "not_utf8": sum(stage.not_utf8 for stage in stages),
         "broken": len(lines),
     }
+
+
+def _list_files(found: Found, reached: int, folder: pathlib.Path) -> None:
+    """files.jsonl: every file that was read, and as what, and all that was left out, and why."""
+    units = list(itertools.chain.from_iterable(found.units))
+    read = {unit.path: unit.kind for unit in units[:reached]}
+    lines = [{"path": path, "read": kind} for path, kind in read.items()]
+    late = dict.fromkeys(unit.path for unit in units[reached:] if unit.path not in read)
+    lines += [{"path": path, "left_out": "was not reached before --max_bytes"} for path in late]
+    lines += [{"path": path, "left_out": why} for path, why in found.left_out]
+    write_whole(folder / FILES, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _command(inputs: Sequence[str], settings: Settings) -> str:

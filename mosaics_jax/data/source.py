@@ -8,16 +8,13 @@ cheap to send between processes.
 import bisect
 import itertools
 import os
-import weakref
 import zlib
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mosaics_jax.data import files
 from mosaics_jax.data.corpus import AGAIN, BLOCK, Manifest
-
-# Two files a shard. Beyond this many shards one is opened for each read and closed after it.
-_MOST_HANDLES = 128
 
 
 class Batch(NamedTuple):
@@ -58,7 +55,7 @@ class Tokens:
             size = shard.tokens * self._type.itemsize
             check_size(path, size)
             check_size(sums, -(-size // BLOCK) * 4)
-        self._reset_handles()
+        self._handles = files.Kept()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -106,9 +103,8 @@ class Tokens:
         handles = self._handles.get(shard)
         kept = handles is not None
         if handles is None:
-            handles = _open(paths)
-            # setdefault: of two threads that open the same shard, the later one closes its own.
-            kept = len(self._handles) < _MOST_HANDLES and self._handles.setdefault(shard, handles) is handles
+            handles = files.open_all(paths, AGAIN)
+            kept = self._handles.keep(shard, handles)
         found = []
         try:
             for handle, path, (size, offset) in zip(handles, paths, ranges, strict=True):
@@ -119,23 +115,18 @@ class Tokens:
                     )
                 found.append(content)
         except OSError as error:
-            raise ValueError(f"shard {paths[0]!r} cannot be read ({error.strerror}); {AGAIN}") from error
+            raise files.cannot_read(paths[0], error, AGAIN) from error
         finally:
             if not kept:
-                for handle in handles:
-                    os.close(handle)
+                files.close_all(handles)
         return found
-
-    def _reset_handles(self) -> None:
-        self._handles: dict[int, tuple[int, ...]] = {}
-        weakref.finalize(self, _close_all, self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_handles"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._reset_handles()
+        self._handles = files.Kept()
 
 
 def check_size(path: str, expected: int) -> None:
@@ -143,23 +134,6 @@ def check_size(path: str, expected: int) -> None:
         raise ValueError(f"shard {path!r} is missing, {expected} bytes expected; {AGAIN}")
     if (found := os.path.getsize(path)) != expected:
         raise ValueError(f"shard {path!r} has {found} bytes, {expected} expected; {AGAIN}")
-
-
-def _open(paths: tuple[str, str]) -> tuple[int, ...]:
-    handles: list[int] = []
-    for path in paths:
-        try:
-            handles.append(os.open(path, os.O_RDONLY))
-        except OSError as error:
-            _close_all({0: tuple(handles)})
-            raise ValueError(f"shard {path!r} cannot be opened ({error.strerror}); {AGAIN}") from error
-    return tuple(handles)
-
-
-def _close_all(handles: dict[int, tuple[int, ...]]) -> None:
-    for pair in handles.values():
-        for handle in pair:
-            os.close(handle)
 
 
 class Rows(Protocol):

@@ -11,7 +11,6 @@ file is found again.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -26,11 +25,10 @@ import numpy as np
 from mosaics_jax.data.corpus import SPLITS, cannot_write
 from mosaics_jax.data.documents import Broken, read_parts
 from mosaics_jax.data.inputs import Unit
+from mosaics_jax.data.splits import Rule, assigned
 from mosaics_jax.data.tokenizer import Tokenizer
 
-# A document is held out by the hash of so much of its beginning: the end of a long one is not known when it is written.
-_HASHED_BYTES = 1 << 20
-_MAGIC = "mosaics_jax stage 1"
+_MAGIC = "mosaics_jax stage 2"
 Progress = Callable[[int, int], None]
 
 
@@ -40,7 +38,7 @@ class Reading:
 
     text_field: str
     record_format: str
-    valid_fraction: float
+    rule: Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +51,7 @@ class Stage:
     tokens: dict[str, int]
     offsets: dict[str, int]
     bigrams: dict[str, list[int]]
+    hashes: list[int]  # the least and the greatest of a document, or none
     empty: int
     not_utf8: int
     broken: list[list[str]]
@@ -69,7 +68,8 @@ class Stage:
         made = cls(path=str(path), **body)
         tables = [(made.offsets[name], 16 * made.documents[name]) for name in SPLITS]
         tables += [(offset, 10 * count) for offset, count in (made.bigrams[name] for name in SPLITS)]
-        numbers = [*made.bytes.values(), *made.tokens.values(), made.empty, made.not_utf8, *itertools.chain(*tables)]
+        numbers = [*made.bytes.values(), *made.tokens.values(), *made.hashes, made.empty, made.not_utf8]
+        numbers += itertools.chain(*tables)
         if any(type(number) is not int or number < 0 for number in numbers) or max(map(sum, tables)) > end:
             raise ValueError(f"{str(path)!r} has a footer that is damaged; remove its folder")
         if sorted(made.bytes) != sorted(SPLITS) or sorted(made.tokens) != sorted(SPLITS):
@@ -99,13 +99,9 @@ class Stage:
         return np.frombuffer(content[: 2 * count], "<u2"), np.frombuffer(content[2 * count :], "<u8")
 
 
-def stage_name(unit: Unit, tokenizer: Tokenizer, limit: int | None) -> str:
-    return f"{unit.identity}-{tokenizer.fingerprint[:16]}-{limit or 'all'}.stage"
-
-
-def held_out(utf8: bytes, valid_fraction: float) -> bool:
-    """Whether a document (its beginning is enough) is of the held-out split; equal documents are on one side."""
-    return int.from_bytes(hashlib.sha256(utf8[:_HASHED_BYTES]).digest()[:8], "big") / 2**64 < valid_fraction
+def stage_name(unit: Unit, tokenizer: Tokenizer, reading: Reading, limit: int | None) -> str:
+    rule = f"{reading.rule.below:x}-{reading.rule.cut or 0:x}"
+    return f"{unit.identity}-{tokenizer.fingerprint[:16]}-{rule}-{limit or 'all'}.stage"
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
@@ -124,7 +120,7 @@ def write_stage(
       limit: stop after the document that brings the unit's text to so many bytes.
       progress: called with tokens written and bytes of the unit read since the last call.
     """
-    target = folder / stage_name(unit, tokenizer, limit)
+    target = folder / stage_name(unit, tokenizer, reading, limit)
     draft = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         with draft.open("wb", buffering=1 << 20) as stream:
@@ -153,6 +149,7 @@ class _Writer:
         self._bigrams = {name: _Bigrams() for name in SPLITS}
         self._empty = self._not_utf8 = 0
         self._broken: list[list[str]] = []
+        self._hashes: list[int] = []
 
     def write(self, limit: int | None) -> None:
         try:
@@ -163,23 +160,24 @@ class _Writer:
                 documents.close()
 
     def _write_documents(self, limit: int | None) -> None:
-        split = ""
-        begin = 0
-        for part in read_parts(self._unit, self._reading.text_field, self._reading.record_format, self._advance):
-            if isinstance(part, Broken):
-                self._leave_out(part)
+        begin, within = 0, False
+        parts = read_parts(self._unit, self._reading.text_field, self._reading.record_format, self._advance)
+        for piece in assigned(parts, self._reading.rule):
+            if isinstance(piece, Broken):
+                self._leave_out(piece)
                 continue
+            split, part = piece.split, piece.part
             if not split:
-                if not part.text:
-                    self._empty += 1
-                    continue
+                self._empty += 1
+                continue
+            if not within:
                 if not part.last and not self._tokenizer.divisible:
                     raise ValueError(
                         f"{self._unit.path!r} is too long for a tokenizer.json, which encodes documents whole; "
                         "divide the document, or take another kind of tokenizer"
                     )
-                split = "valid" if held_out(part.utf8, self._reading.valid_fraction) else "train"
-                begin = self._place
+                begin, within = self._place, True
+                self._hashes = [min([piece.hash, *self._hashes]), max([piece.hash, *self._hashes])]
                 self._put(np.array([self._tokenizer.begin]))
             self._put(self._tokenizer.encode(part.text))
             self._bytes[split] += len(part.utf8)
@@ -188,8 +186,8 @@ class _Writer:
                 self._put(np.array([self._tokenizer.end]))
                 self._documents[split].write(np.array([begin, self._place - begin], "<u8").tobytes())
                 self._document_tokens[split] += self._place - begin
-                split = ""
-                if limit is not None and sum(self._bytes.values()) >= limit:
+                within = False
+                if piece.ends and limit is not None and sum(self._bytes.values()) >= limit:
                     return
 
     def _advance(self, size: int) -> None:
@@ -223,7 +221,7 @@ class _Writer:
             footer["bigrams"][name] = [self._stream.tell(), len(pairs)]
             self._stream.write(pairs.astype("<u2").tobytes() + counts[pairs].astype("<u8").tobytes())
         content = json.dumps(
-            footer | {"empty": self._empty, "not_utf8": self._not_utf8, "broken": self._broken}
+            footer | {"hashes": self._hashes, "empty": self._empty, "not_utf8": self._not_utf8, "broken": self._broken}
         ).encode()
         self._stream.write(content + len(content).to_bytes(8, "little"))
 

@@ -7,18 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mosaics_jax.data.documents import (
-    MOST_RECORD_BYTES,
-    Advance,
-    Broken,
-    Part,
-    as_document,
-    damaged,
-    from_json,
-    from_text,
-    guarded,
-    open_plain,
-)
+from mosaics_jax import paths
+from mosaics_jax.data.documents import MOST_RECORD_BYTES, Broken, Part, as_document, from_json, from_text
+from mosaics_jax.data.files import Advance, damaged, guarded, open_plain
 from mosaics_jax.data.inputs import TFDS_PREFIX, Unit, suffixes
 
 if TYPE_CHECKING:
@@ -130,7 +121,11 @@ def _builder(name: str, tfds_dir: str | None) -> Any:
 
 def tfds_units(spec: str, tfds_dir: str | None) -> Iterator[Unit]:
     """A unit for each file of a split of a data set that was prepared as array_record."""
-    name, _, split = spec.partition("@")
+    name, at, split = spec.rpartition("@")  # the last: a folder may have others in its name
+    if not at:
+        name, split = spec, ""
+    if name.startswith("~"):
+        name = str(paths.absolute(name))
     builder = _builder(name, tfds_dir)
     splits = builder.info.splits
     if split not in splits:

@@ -6,6 +6,7 @@ that mark a document's ends are placed by `prepare`, never by `encode`.
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -18,7 +19,8 @@ import numpy as np
 import tiktoken
 import tokenizers
 
-from mosaics_jax.data.bpe import SPLIT, pieces, ranks_from_bytes, ranks_to_bytes, train_ranks
+from mosaics_jax import paths
+from mosaics_jax.data.bpe import SPLIT, Report, pieces, ranks_from_bytes, ranks_to_bytes, train_ranks
 
 BEGIN_TEXT = "<|begin_of_text|>"
 END_TEXT = "<|end_of_text|>"
@@ -161,10 +163,10 @@ class HuggingFaceTokenizer:
         (pathlib.Path(directory) / self.FILE).write_text(self._definition, encoding="utf-8", newline="")
 
 
-def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
+def make_tokenizer(spec: str, texts: Iterable[str] = (), report: Report = lambda what, done, total: None) -> Tokenizer:
     """The tokenizer that `spec` names (`LEGAL_SPECS`).
 
-    `texts` is read for `bpe:N` only, and of it no more than the first 50 MB.
+    `texts` is read for `bpe:N` only, and of it no more than the first 50 MB; `report` is as of `train_ranks`.
     Raises ValueError for a bad spec, an unreadable file, or too little text to find N ids in.
     """
     if spec == "bytes":
@@ -175,11 +177,11 @@ def make_tokenizer(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
             raise ValueError(
                 f"tokenizer is {spec!r}; in bpe:N, N is an integer from {256 + _BPE_SPECIALS} to {_MOST_BPE}"
             )
-        ranks = train_ranks(int(size) - _BPE_SPECIALS, texts)
+        ranks = train_ranks(int(size) - _BPE_SPECIALS, texts, report)
         if (found := len(ranks) + _BPE_SPECIALS) < int(size):
             raise ValueError(f"tokenizer is {spec!r}, but these texts hold only {found} ids; use bpe:{found} or fewer")
         return RankTokenizer(ranks, "bpe")
-    path = pathlib.Path(spec)
+    path = paths.absolute(spec) if spec else pathlib.Path()
     if spec and os.path.isdir(path):
         return load_tokenizer(path)
     if not os.path.isfile(path):  # False also for what can be no path
@@ -219,6 +221,18 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     if made.fingerprint != described.get("fingerprint"):
         raise ValueError(f"the tokenizer in {str(path.parent)!r} is not the one that was saved there; prepare again")
     return made
+
+
+def continuation(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, before: np.ndarray | None = None) -> str:
+    """The text of `ids` as it follows the ids `before`; None: some letter.
+
+    Both are decoded together, and the text is what they have more than `before` alone: a tokenizer.json may drop the
+    space that a text begins with, and a character may lie in the ids of both.
+    """
+    before = tokenizer.encode("a") if before is None else before
+    whole, known = tokenizer.decode(np.concatenate([before, ids]).astype(np.int64)), tokenizer.decode(before)
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, known, strict=False))
+    return whole[sum(1 for _ in shared) :]
 
 
 def _checked_text(text: str) -> bytes:

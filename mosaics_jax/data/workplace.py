@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
 
+from mosaics_jax import lock
 from mosaics_jax.data.corpus import MANIFEST, write_whole
+from mosaics_jax.data.splits import Rule
 from mosaics_jax.data.stage import Reading, Stage
 
 
@@ -31,7 +32,7 @@ class Settings:
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.text_field, self.record_format, self.valid_fraction)
+        return Reading(self.text_field, self.record_format, Rule.of_share(self.valid_fraction))
 
 
 @contextlib.contextmanager
@@ -39,19 +40,15 @@ def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path
     """The directory beside `target` where it is made; held by this run alone, and kept only if some work is done."""
     partial = target.parent / f"{target.name}.partial"
     _check_free(target)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except (OSError, ValueError) as error:  # a ValueError for what can be no path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"output {str(target)!r} cannot be made ({reason}); name another directory") from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another run is writing {str(target)!r}; wait for it or name another output") from error
-        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
-            raise ValueError(f"another run has just written {str(target)!r}; name another output")
+            partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.hold(partial / "lock", repr(str(target))))
+        except lock.HeldError:
+            raise
+        except (OSError, ValueError) as error:  # a ValueError for what can be no path
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"output {str(target)!r} cannot be made ({reason}); name another directory") from error
         _check_free(target)
         _check_settings(partial, target, settings)
         (partial / "stages").mkdir(exist_ok=True)
@@ -64,8 +61,6 @@ def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path
             stages = map(Stage.find, (partial / "stages").glob("*.stage"))
             if partial.exists() and not any(stage and any(stage.documents.values()) for stage in stages):
                 shutil.rmtree(partial)
-    finally:
-        os.close(handle)
 
 
 def _check_free(target: pathlib.Path) -> None:

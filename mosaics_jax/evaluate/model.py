@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mosaics_jax import decode, dims, sharding, visibility
+from mosaics_jax import decode, dims, paths, sharding, visibility
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, MeshConfig, ModelConfig
 from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -80,7 +80,7 @@ class RunModel:
         Raises:
           ValueError: no run or checkpoint there; a mesh that does not fit; no long-term memory to delay or remove.
         """
-        workdir = pathlib.Path(workdir)
+        workdir = paths.absolute(workdir)
         self.config = Config.from_dict(read_run_record(workdir).config)
         if mesh.sequence != 1:
             raise ValueError(
@@ -120,7 +120,7 @@ class RunModel:
             (_ROWS, _ROWS), _ROWS,
         )  # fmt: skip
         new_BN = program(self._values, tokens_BT, length_B)[: len(rows)]
-        return [decode.text_until_end(self.tokenizer, ids) for ids in new_BN]
+        return [decode.text_until_end(self.tokenizer, *pair) for pair in zip(new_BN, rows, strict=True)]
 
     def rank(self, rows: Sequence[np.ndarray], options: Sequence[np.ndarray]) -> np.ndarray:
         tokens_BT, length_B = decode.align_ends(*self._filled(rows))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from mosaics_jax import paths
 from mosaics_jax.config import Config, MeshConfig
 from mosaics_jax.data.corpus import Manifest, document_ends, write_whole
 from mosaics_jax.data.source import Tokens
@@ -94,7 +95,7 @@ def _make(name: str, model: RunModel, settings: Settings) -> suite.Suite:
     tasks = [make(pathlib.Path(getattr(settings, field))) for field, make in _TASKS.items() if getattr(settings, field)]
     for text in settings.texts:
         own, _, files = text.partition("=")
-        tasks.append(labelled.any_task(own, *map(pathlib.Path, files.split(":"))))
+        tasks.append(labelled.any_task(own, *map(paths.absolute, files.split(":"))))
     return Classification(
         tasks,
         model.tokenizer,

@@ -26,8 +26,8 @@ SOURCES = {
 _OF_SUITE = {"retrieval": ("squad", "hotpot"), "classification": ("banking77", "goemotions", "tacred")}
 
 
-def _field(default: Any, doc: str) -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def _field(default: Any, doc: str, path: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc, "path": path})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +38,22 @@ class Settings:
     lengths: tuple[int, ...] = _field((), "task lengths in tokens; default: 1, 2, 4, 8 times the context of training")
     count: int = _field(100, "documents, questions, needles or texts of each condition")
     seed: int = _field(0, "seed of all draws")
-    corpus: str = _field("", "prepared corpus whose held-out documents are read; default: the run's")
-    squad: str = _field("", "retrieval: a JSON file in SQuAD's format")
-    hotpot: str = _field("", "retrieval: a JSON file in HotpotQA's distractor format")
-    haystack: str = _field("", "needle: a text file to hide them in; default: the corpus's held-out text")
+    corpus: str = _field("", "prepared corpus whose held-out documents are read; default: the run's", path=True)
+    squad: str = _field("", "retrieval: a JSON file in SQuAD's format", path=True)
+    hotpot: str = _field("", "retrieval: a JSON file in HotpotQA's distractor format", path=True)
+    haystack: str = _field("", "needle: a text file to hide them in; default: the corpus's held-out text", path=True)
     depths: int = _field(10, "needle: depths of the grid, from the beginning of the text to its end")
     variants: tuple[str, ...] = _field((), "needle: variants, such as single_1,multikey_2; default: all eight")
-    banking77: str = _field("", "classification: folder with train.csv and test.csv")
-    goemotions: str = _field("", "classification: folder with train.tsv, test.tsv and labels.txt")
-    tacred: str = _field("", "classification: folder with your train.json and test.json")
+    banking77: str = _field("", "classification: folder with train.csv and test.csv", path=True)
+    goemotions: str = _field("", "classification: folder with train.tsv, test.tsv and labels.txt", path=True)
+    tacred: str = _field("", "classification: folder with your train.json and test.json", path=True)
     texts: tuple[str, ...] = _field((), "classification: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl of text and label")
     shots: tuple[int, ...] = _field((1, 2, 4, 8), "classification: examples of each class in the prompt")
     labels: tuple[str, ...] = _field((), "classification: semantic, anonymous; default: both")
     tasks: tuple[str, ...] = _field(
         ("persistent_13", "contextual_6"), "harness: tasks of lm_eval, or the paper's lists persistent_13, contextual_6"
     )
-    task_folder: str = _field("", "harness: folder with further tasks (YAML)")
+    task_folder: str = _field("", "harness: folder with further tasks (YAML)", path=True)
     limit: int = _field(0, "harness: examples of each task at most; 0: all")
     fewshot: int = _field(-1, "harness: examples in the prompt; -1: as each task says")
     run_code: bool = _field(False, "harness: let tasks run, on this machine, code that the model wrote")

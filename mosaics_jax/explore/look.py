@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mosaics_jax.config import ModelConfig
-from mosaics_jax.data.tokenizer import Tokenizer
+from mosaics_jax.data.tokenizer import Tokenizer, continuation
 from mosaics_jax.nn.memory import Trace
 from mosaics_jax.nn.model import LanguageModel, from_values, to_values
 from pallas_kernels.retrieval import retrieve
@@ -190,7 +190,7 @@ def kernel_regression(
 def token_labels(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> list[str]:
     """What each token says, for the ticks of a plot: white space as visible signs, a part of a character as �."""
     marks = {tokenizer.begin: "⊢", tokenizer.end: "⊣"}
-    texts = [marks.get(int(token)) or tokenizer.decode([int(token)]) for token in ids]
+    texts = [marks.get(int(token)) or continuation(tokenizer, [int(token)]) for token in ids]
     return ["".join(_SIGNS.get(letter, letter) for letter in text) for text in texts]
 
 

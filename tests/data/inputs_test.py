@@ -3,7 +3,9 @@
 import gzip
 import json
 import lzma
+import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -24,7 +26,7 @@ TEXTS = [f"Document {i}: naïve 你好\n" + "word " * (37 * i % 50) for i in ran
 def texts_of(*names, text_field="text", record_format="text", tfds_dir=None):
     """The documents of inputs, put together from their parts; broken records stand among them."""
     found, held = [], ""
-    for unit in (unit for group in find_units(names, tfds_dir) for unit in group):
+    for unit in (unit for group in find_units(names, tfds_dir, text_field).units for unit in group):
         done = []
         for part in read_parts(unit, text_field, record_format, done.append):
             if isinstance(part, Broken):
@@ -96,12 +98,12 @@ def test_ranges_of_large_files_are_the_whole(folder, monkeypatch):
     size = (folder / "a.jsonl").stat().st_size
     for unit_bytes in (100, 101, 307, 5000, size - 1, size):
         monkeypatch.setattr(inputs, "UNIT_BYTES", unit_bytes)
-        (units,) = find_units([str(folder / "a.jsonl")])
+        (units,) = find_units([str(folder / "a.jsonl")]).units
         assert len(units) == -(-size // unit_bytes)
         assert sum(unit.size for unit in units) == size
         assert texts_of(str(folder / "a.jsonl")) == TEXTS
     monkeypatch.setattr(inputs, "UNIT_BYTES", 500)
-    (units,) = find_units([str(folder / "a.parquet")])
+    (units,) = find_units([str(folder / "a.parquet")]).units
     assert 3 < len(units) <= 7
     assert texts_of(str(folder / "a.parquet")) == TEXTS
 
@@ -125,7 +127,7 @@ def test_a_long_text_is_read_in_parts_with_the_same_ids(tmp_path, monkeypatch, s
     path = tmp_path / f"long.txt{suffix}"
     path.write_bytes(lzma.compress(content) if suffix else content)
     (tmp_path / "other.txt").write_text("the other one")
-    (unit,) = find_units([str(path)])[0]
+    (unit,) = find_units([str(path)]).units[0]
     parts = list(read_parts(unit, "text", "text", lambda size: None))
     assert len(parts) > 10
     assert "".join(part.text for part in parts) == text
@@ -178,11 +180,11 @@ def test_inputs_that_are_not_there(tmp_path):
 
 
 def test_a_changed_file_is_another_unit(folder):
-    ((before,),) = find_units([str(folder / "a.jsonl")])
-    assert find_units([str(folder / "a.jsonl")]) == [[before]]
+    ((before,),) = find_units([str(folder / "a.jsonl")]).units
+    assert find_units([str(folder / "a.jsonl")]).units == [[before]]
     with (folder / "a.jsonl").open("a") as stream:
         stream.write("\n")
-    ((after,),) = find_units([str(folder / "a.jsonl")])
+    ((after,),) = find_units([str(folder / "a.jsonl")]).units
     assert before.identity != after.identity
 
 
@@ -252,3 +254,110 @@ def test_a_stage_of_another_version_is_refused(tmp_path):
     (tmp_path / "a.stage").write_bytes(body + len(body).to_bytes(8, "little"))
     with pytest.raises(ValueError, match="was made by another version"):
         Stage.open(tmp_path / "a.stage")
+
+
+# What a file is, by its name and by its content.
+
+
+def _lines(count, **fields):
+    return "".join(json.dumps({"id": number, **fields, "text": f"text {number}"}) + "\n" for number in range(count))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst", "a.ndjson"])
+def test_json_lines_are_records_whatever_they_are_called(tmp_path, name):
+    content = _lines(40).encode()
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(pathlib.Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack(content))
+    assert texts_of(str(tmp_path)) == [f"text {number}" for number in range(40)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"text": "b"', "{}", "[]", '{\n  "name": "a"\n}\n', '{"a": 1}\n', "[1,\n 2]", "no JSON", '[{"name": "a"}]'],
+)
+def test_other_json_is_source(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert texts_of(str(tmp_path)) == [content]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.json", '[{"text": "a"}, {"text": "b"}]', "is one JSON array of records; write them as JSON Lines"),
+        ("a.json", '{"body": "a"}\n{"body": "b"}\n', r"is JSON Lines without the field 'text' \(--text_field names"),
+        ("a.csv", "text\na", "is of a format that is not read"),
+    ],
+)
+def test_what_is_not_read_is_refused_alone_and_listed_in_a_folder(tmp_path, name, content, why):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}' {why}"):
+        find_units([str(tmp_path / name)])
+    (tmp_path / "b.txt").write_text("read")
+    found = find_units([str(tmp_path)])
+    assert [unit.path for unit in found.units[0]] == [str(tmp_path / "b.txt")]
+    ((path, said),) = found.left_out
+    assert path == str(tmp_path / name)
+    assert re.match(why, said)
+
+
+def test_json_lines_called_txt_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(_lines(2))
+    with pytest.raises(ValueError, match=r"a.txt' holds JSON Lines; name it .jsonl"):
+        find_units([str(tmp_path)])
+    (tmp_path / "a.txt").write_text("{'text': 'Python, and no JSON'}\n" * 2)
+    assert len(texts_of(str(tmp_path))) == 1
+
+
+def test_links_are_followed_once(tmp_path):
+    for place in ("in/a", "disk/b"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "x.jsonl").write_text(_lines(5, place=place))
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "disk" / "b")
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "disk" / "b")  # again
+    (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")  # a circle
+    (tmp_path / "in" / "a" / "y.jsonl").symlink_to(tmp_path / "in" / "a" / "x.jsonl")
+    (tmp_path / "in" / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    (tmp_path / "in" / ".git").mkdir()
+    found = find_units([str(tmp_path / "in")])
+    read = {os.path.relpath(unit.path, tmp_path / "in") for unit in found.units[0]}
+    assert read == {"a/x.jsonl", "b/x.jsonl"}
+    left = {os.path.relpath(path, tmp_path / "in"): why for path, why in found.left_out}
+    assert left == {
+        "c": "is a link to what is read already",
+        "a/up": "is a link to what is read already",
+        "a/y.jsonl": "is a link to what is read already",
+        "gone.jsonl": "is no file, or a link to nothing",
+        ".git": "is a folder that is hidden, or of caches and packages",
+    }
+
+
+def test_a_glob_with_brackets_says_how_to_write_one(tmp_path):
+    (tmp_path / "[2026]").mkdir()
+    (tmp_path / "[2026]" / "a.txt").write_text("text")
+    assert texts_of(str(tmp_path / "[2026]")) == ["text"]
+    with pytest.raises(ValueError, match=r"matches no files; .*in a glob, \[\[\] is a bracket itself"):
+        find_units([str(tmp_path / "[2026]" / "*.txt")])
+    assert texts_of(str(tmp_path / "[[]2026]" / "*.txt")) == ["text"]
+
+
+def test_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    assert texts_of("~/a.txt") == texts_of("~/*.txt") == ["text"]
+
+
+def test_a_frame_may_look_far_back(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(_lines(3).encode()) + compressor.flush())
+    assert texts_of(str(tmp_path / "a.jsonl.zst")) == ["text 0", "text 1", "text 2"]
+
+
+@pytest.mark.parametrize(
+    "text", ["很久以前有一个小屋在河边，里面住着一只猫。\r\n" * 3000, "ACGT" * 20_000], ids=["CRLF", "a genome"]
+)
+def test_a_long_text_without_spaces_is_cut_and_not_refused(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(documents, "_PART_BYTES", 1 << 12)
+    monkeypatch.setattr(documents, "_MOST_HELD", 1 << 13)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert texts_of(str(tmp_path / "a.txt")) == [text]

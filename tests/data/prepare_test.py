@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from mosaics_jax.data.check import problems
+from mosaics_jax.data import documents
+from mosaics_jax.data.check import files_read, problems
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.prepare import prepare
 from mosaics_jax.data.tokenizer import ByteTokenizer, load_tokenizer, make_tokenizer
@@ -260,7 +261,7 @@ def test_progress_reaches_the_end(corpus, tmp_path):
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1' holds half of a surrogate pair"),
         ("a.parquet", b"x", r"a.parquet' cannot be read .*the file is damaged"),
         ("a.array_record", b"x", r"a.array_record' cannot be read .*the file is damaged"),
-        ("a.csv", b"x", r"a.csv' is of a format that is not read; read are .txt, .jsonl and .parquet"),
+        ("a.csv", b"x", r"a.csv' is of a format that is not read; read are .txt, .jsonl, .json and .parquet"),
         ("a.py.gz", b"x", r"a.py.gz' is of a format that is not read"),
         ("a", b"x", r"a' is of a format that is not read"),
     ],
@@ -288,11 +289,82 @@ def test_bad_folders_and_lists(tmp_path):
             prepare([str(tmp_path / "absent")], out, tokenizer)
 
 
-def test_an_empty_split_says_what_to_change(corpus, tmp_path):
-    with pytest.raises(ValueError, match=r"1e-09.*valid split of 40 documents empty; raise valid_fraction"):
-        prepare([corpus], str(tmp_path / "out"), valid_fraction=1e-9)
-    with pytest.raises(ValueError, match=r"train split of 40 documents empty; lower valid_fraction"):
-        prepare([corpus], str(tmp_path / "out"), valid_fraction=1 - 1e-9)
+@pytest.mark.parametrize(("share", "count", "note"), [(1e-9, 1, "no document is"), (1 - 1e-9, 39, "all documents are")])
+def test_no_split_is_empty(corpus, tmp_path, share, count, note):
+    manifest = prepare([corpus], str(tmp_path / "out"), "bpe:260" if count == 1 else "bytes", valid_fraction=share)
+    assert {name: split.documents for name, split in manifest.splits.items()} == {"train": 40 - count, "valid": count}
+    assert manifest.note.startswith(f"{note} held out by their hash")
+    texts = [text for name in ("train", "valid") for text in read_documents(manifest, name)]
+    assert sorted(texts) == sorted(TEXTS)
+    assert Manifest.load(tmp_path / "out").note == manifest.note
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:262"])
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("".join(f"line {n}\n" for n in range(100)), "".join(f"line {n}\n" for n in range(81, 100))),
+        ("a" * 100, "a" * 20),
+        ("é" * 50, "é" * 10),
+        ("\n\n", "\n"),
+        ("ab", "b"),
+    ],
+    ids=["lines", "one line", "two bytes a character", "line ends", "two characters"],
+)
+def test_one_document_is_cut_in_two(tmp_path, text, valid, tokenizer):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    if tokenizer != "bytes" and "line 9" not in text:
+        pytest.skip("too little text to learn a tokenizer from")
+    manifest = prepare([str(tmp_path / "a.txt")], str(tmp_path / "out"), tokenizer, valid_fraction=0.2)
+    (train,), (held,) = (read_documents(manifest, name) for name in ("train", "valid"))
+    assert train + held == text
+    assert held == valid
+    assert "there is one document: it is cut at a line end" in manifest.note
+
+
+def test_a_long_document_is_cut_in_whichever_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_PART_BYTES", 1 << 8)
+    text = "".join(f"line {n} of many\n" for n in range(2000))
+    (tmp_path / "a.txt").write_text(text)
+    for share in (0.02, 0.5, 0.98):
+        manifest = prepare([str(tmp_path / "a.txt")], str(tmp_path / f"{share}"), valid_fraction=share)
+        (train,), (held,) = (read_documents(manifest, name) for name in ("train", "valid"))
+        assert train + held == text
+        assert train.endswith("\n")
+        assert len(held) == pytest.approx(share * len(text), abs=300)
+
+
+@pytest.mark.parametrize("texts", [["a"], ["same", "same", "same"]], ids=["one character", "equal ones"])
+def test_what_cannot_be_divided_is_refused(tmp_path, texts):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(ValueError, match=f"{len(texts)} documents cannot be divided into train and valid"):
+        prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_what_was_read_and_what_was_not_is_listed(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.json").write_text("".join(json.dumps({"text": f"{number} {n}"}) + "\n" for n in range(9)))
+        (folder / f"{number}.csv").write_text("a,b")
+    (folder / "a.md").write_text("# text")
+    manifest = prepare([str(folder)], str(tmp_path / "out"), valid_fraction=0.3)
+    assert sum(split.documents for split in manifest.splits.values()) == 28
+    lines = [json.loads(line) for line in (tmp_path / "out" / "files.jsonl").read_text().splitlines()]
+    assert {os.path.basename(line["path"]): line.get("read") for line in lines} == {
+        **dict.fromkeys(("0.json", "1.json", "2.json"), "jsonl"), "a.md": "text",
+        **dict.fromkeys(("0.csv", "1.csv", "2.csv")),
+    }  # fmt: skip
+    assert files_read(manifest) == [
+        "read 4 files: 3 .json as records, 1 .md",
+        "left out: 3 .csv, because each is of a format that is not read",
+        f"{tmp_path / 'out' / 'files.jsonl'} lists each file",
+    ]
+    assert not list(problems(manifest))
+
+
+def test_bad_arguments_of_prepare(corpus, tmp_path):
     for bad in (0.0, 1.0, -1.0):
         with pytest.raises(ValueError, match=rf"valid_fraction is {bad}; legal"):
             prepare([corpus], str(tmp_path / "out"), valid_fraction=bad)

@@ -284,7 +284,7 @@ def test_a_disk_that_refuses(folder, tmp_path):
     process.start()
     message = answer.get(timeout=500)
     process.join()
-    assert "cannot be written (File too large); make room" in message
+    assert "cannot be written (File too large); mend that, or name another" in message
     assert "\n" not in message
     run(folder, tmp_path / "out")
     run(folder, tmp_path / "whole")
@@ -298,7 +298,7 @@ def test_two_runs_of_one_directory(folder, tmp_path, monkeypatch):
     def second(*arguments):
         if not seen:
             seen.append(0)
-            with pytest.raises(ValueError, match=r"another run is writing .*out'; wait for it"):
+            with pytest.raises(ValueError, match=r"another process is writing .*out' .*wait until it has ended"):
                 run(folder, tmp_path / "out")
             seen.append(1)
         return real(*arguments)

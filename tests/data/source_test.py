@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import gc
 import json
 import os
 import pickle
@@ -7,14 +9,15 @@ import made
 import numpy as np
 import pytest
 
+from mosaics_jax.data import files
 from mosaics_jax.data.corpus import BLOCK, Manifest
 from mosaics_jax.data.source import ConcatRows, Tokens, fields, pack
 
 
 def whole(manifest, split="train"):
     """The ids of a split as they lie on disk."""
-    files = [manifest.directory / shard.file for shard in manifest.splits[split].shards]
-    return np.concatenate([np.fromfile(file, manifest.stored) for file in files]).astype(np.int64)
+    paths = [manifest.directory / shard.file for shard in manifest.splits[split].shards]
+    return np.concatenate([np.fromfile(path, manifest.stored) for path in paths]).astype(np.int64)
 
 
 @pytest.mark.parametrize(("dtype", "base"), [("uint16", 0), ("uint32", 70_000)])
@@ -55,14 +58,45 @@ def test_rows_can_be_pickled_after_use(tmp_path):
 
 
 def test_more_shards_than_handles(tmp_path, monkeypatch):
-    monkeypatch.setattr("mosaics_jax.data.source._MOST_HANDLES", 2)
+    gc.collect()  # what other tests have open counts too
+    limit = 2 * (files.Kept._count + 4)
+    monkeypatch.setattr(files, "open_files_limit", lambda: limit)
     manifest = made.write_corpus(tmp_path, [[[i]] for i in range(10)])
     tokens, expected = Tokens(manifest, "train"), whole(manifest)
     before = len(os.listdir("/dev/fd"))
     for _ in range(2):
         np.testing.assert_array_equal([tokens.read(i, 1)[0] for i in range(30)], expected)
-    assert len(tokens._handles) == 2
     assert len(os.listdir("/dev/fd")) == before + 4
+    # The limit is the process's: another corpus keeps none.
+    others = Tokens(made.write_corpus(tmp_path / "other", [[[i]] for i in range(10)]), "train")
+    np.testing.assert_array_equal([others.read(i, 1)[0] for i in range(30)], expected)
+    assert len(os.listdir("/dev/fd")) == before + 4
+    del tokens
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.ENOENT, ValueError, "restore it from a copy, or prepare the corpus again"),
+        (errno.EMFILE, OSError, r"Too many open files: this process may have \d+; raise that .*ulimit -n"),
+        (errno.EACCES, OSError, "Permission denied; let this user read"),
+        (errno.EIO, OSError, "the disk or the file server failed, the file itself may be whole; try again"),
+        (errno.ESTALE, OSError, "the disk or the file server failed, the file itself may be whole; try again"),
+    ],
+)
+def test_an_error_of_the_system_is_not_the_shards(tmp_path, monkeypatch, number, kind, message):
+    tokens = Tokens(made.write_corpus(tmp_path, [[[1]]]), "train")
+
+    def refuse(path, *_):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(kind, match=message) as caught:
+        tokens.read(0, 1)
+    assert isinstance(caught.value, ValueError) == (number == errno.ENOENT)
+    assert "train" in str(caught.value)
 
 
 def test_a_split_shorter_than_a_row(tmp_path):
@@ -89,7 +123,7 @@ def test_short_and_missing_shards_are_named_with_the_byte(tmp_path):
     for make in (lambda: Tokens(manifest, "train"), lambda: Tokens(manifest, "train")):
         with pytest.raises(ValueError, match=r"train-00001.tokens' is missing, 10 bytes expected"):
             make()
-    with pytest.raises(ValueError, match=r"train-00001.tokens' cannot be opened \(No such file"):
+    with pytest.raises(ValueError, match=r"train-00001.tokens' cannot be read \(No such file"):
         pickle.loads(pickle.dumps(tokens)).read(4, 1)
     (tmp_path / "train-00000.crc32").unlink()
     with pytest.raises(ValueError, match=r"train-00000.crc32' is missing, 4 bytes expected"):

@@ -23,7 +23,7 @@ from launch.gpu.bundle import wheels
 from launch.gpu.bundle.read import ROOT
 from mosaics_jax.data.corpus import write_whole
 
-_OUTPUT = flags.DEFINE_string("output", "build/gpu", "directory of the bundle")
+_OUTPUT = command.define_path("output", "build/gpu", "directory of the bundle")
 _DRY = flags.DEFINE_bool("dry", False, "tiny programs for this machine's CPU")
 _ONLY = flags.DEFINE_string("only", "", "regular expression: programs to make; the others stay as they are")
 _WHEELS = flags.DEFINE_bool("wheels", True, "fetch the wheels that the GPU machine lacks")
@@ -40,7 +40,7 @@ def main() -> None:
     # Before jax is imported, here and in the workers.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is carried comes from the compiler
-    directory = pathlib.Path(_OUTPUT.value).expanduser().absolute()
+    directory = pathlib.Path(_OUTPUT.value)
     (directory / "programs").mkdir(parents=True, exist_ok=True)
     setting = "dry" if _DRY.value else "card"
     if _WHEELS.value and not _DRY.value:
