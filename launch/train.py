@@ -82,7 +82,7 @@ def _leave(code: int, message: str, last: Callable[[], None] = lambda: None) -> 
 
 def _place() -> Any:
     """The place that the flags name, or None."""
-    from mosaics_jax.processes import Place
+    from mosaics_jax.schedulers import Place
 
     coordinator, processes, process = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     if coordinator is None and processes is None and process is None:

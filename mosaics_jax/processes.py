@@ -1,7 +1,6 @@
-"""Several processes as one run: who they are, that all of them came, and that they have the devices they should.
+"""Several processes as one run: that all of them came, that they have the devices they should, and what they say.
 
-Slurm, Open MPI and Kubernetes tell a process its number; `connect` reads it, or takes it from flags. One process a GPU
-and one a node both work. After it, jax sees the devices of all processes.
+After `connect`, jax sees the devices of all processes.
 """
 
 import contextlib
@@ -10,15 +9,14 @@ import json
 import os
 import socket
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax._src import distributed
-from jax._src.clusters import ompi_cluster, slurm_cluster
 
 from mosaics_jax.config import MeshConfig
+from mosaics_jax.schedulers import Place, from_environment
 
-_SLURM_REMEDY = "start it by srun, or unset the variables SLURM_* to train alone"
 _PROXIES = ("grpc_proxy", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 _GRACE = 20  # seconds that process 0 may have started later, and so wait longer for the rest
 
@@ -28,15 +26,6 @@ _meetings = itertools.count()  # all processes hold the same ones in the same or
 
 class Missing(RuntimeError):
     """Processes that did not come to a meeting in time, by number."""
-
-
-class Place(NamedTuple):
-    """Where a process stands in a run."""
-
-    coordinator: str  # host:port of process 0
-    processes: int
-    process: int
-    local_devices: list[int]  # the GPUs it takes, by number in its node; empty: all that it sees
 
 
 def connect(given: Place | None, wait: int, heartbeat: int) -> None:
@@ -52,25 +41,24 @@ def connect(given: Place | None, wait: int, heartbeat: int) -> None:
     place = given or from_environment(wait)
     if place is None or place.processes == 1:
         return
-    _pass_proxies(place.coordinator)
     deadline = time.monotonic() + wait
-    if place.process == 0:
-        _gather(place, deadline, wait)
-    else:
-        _report(place, deadline, wait)
+    host = _report(place, deadline, wait) if place.process else _gather(place, deadline, wait)
+    _pass_proxies(host)
     global _patience
     _patience = wait
+    # The numeric address at which process 0 was met: gRPC, by which jax speaks with it, looks names up by other means.
+    port = place.coordinator.rpartition(":")[2]
     jax.distributed.initialize(
-        place.coordinator, place.processes, place.process, place.local_devices,
-        initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=wait,
+        f"[{host}]:{port}" if ":" in host else f"{host}:{port}", place.processes, place.process, place.local_devices,
+        coordinator_bind_address=f"[::]:{port}", initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat,
+        shutdown_timeout_seconds=wait,
     )  # fmt: skip
 
 
-def _pass_proxies(coordinator: str) -> None:
-    """Keeps gRPC, by which jax speaks with process 0, from asking a web proxy of the cluster for it."""
+def _pass_proxies(host: str) -> None:
+    """Keeps gRPC from asking a web proxy of the cluster for process 0."""
     if not any(os.environ.get(name) for name in _PROXIES):
         return
-    host = coordinator.rpartition(":")[0].strip("[]")
     for name in ("no_proxy", "no_grpc_proxy"):
         if name == "no_proxy" or os.environ.get(name):  # the second, where it is set, is read instead of the first
             os.environ[name] = ",".join(filter(None, [os.environ.get(name) or os.environ.get(name.upper()), host]))
@@ -79,58 +67,6 @@ def _pass_proxies(coordinator: str) -> None:
 def alone() -> bool:
     """Whether this run has one process."""
     return jax.process_count() == 1
-
-
-def from_environment(wait: int) -> Place | None:
-    """What Slurm, Open MPI, or the environment of launch/kubernetes/train.yaml says; None where none is there."""
-    env = os.environ
-    if (coordinator := env.get("MOSAICS_COORDINATOR")) is not None:
-        try:
-            return Place(coordinator, int(env["MOSAICS_PROCESSES"]), int(env["JOB_COMPLETION_INDEX"]), [])
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"MOSAICS_COORDINATOR is set, but {error} is not a number in the environment; legal: MOSAICS_PROCESSES "
-                "and JOB_COMPLETION_INDEX beside it, as in launch/kubernetes/train.yaml"
-            ) from error
-    if slurm_cluster.SlurmCluster.is_env_present():
-        # Of the step: a shell within an allocation is a step of one task, and is told of the allocation's all the same.
-        tasks = _number("SLURM_STEP_NUM_TASKS" if env.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
-        if tasks == 1:
-            return None
-        nodes = _number("SLURM_STEP_NUM_NODES") if env.get("SLURM_STEP_NUM_NODES") else 1
-        if not env["SLURM_STEP_NODELIST"]:
-            raise ValueError(f"SLURM_STEP_NODELIST is empty; {_SLURM_REMEDY}")
-        address = slurm_cluster.SlurmCluster.get_coordinator_address(wait, env.get("MOSAICS_PORT"))
-        return Place(address, tasks, _number("SLURM_PROCID"), _own_gpu(tasks > nodes, _number("SLURM_LOCALID")))
-    if "OMPI_COMM_WORLD_SIZE" in env:
-        processes, here = _number("OMPI_COMM_WORLD_SIZE"), _number("OMPI_COMM_WORLD_LOCAL_SIZE")
-        if processes == here:
-            address = f"localhost:{env.get('MOSAICS_PORT', 61711)}"
-        elif "OMPI_MCA_orte_hnp_uri" in env:
-            address = ompi_cluster.OmpiCluster.get_coordinator_address(wait, env.get("MOSAICS_PORT"))
-        else:
-            raise ValueError(
-                "Open MPI 5 does not tell where process 0 is; set --coordinator=HOST:PORT "
-                "--processes=$OMPI_COMM_WORLD_SIZE --process=$OMPI_COMM_WORLD_RANK"
-            )
-        local = _number("OMPI_COMM_WORLD_LOCAL_RANK")
-        return Place(address, processes, _number("OMPI_COMM_WORLD_RANK"), _own_gpu(here > 1, local))
-    return None
-
-
-def _number(name: str) -> int:
-    """The number that a scheduler gave. ValueError, naming the variable, where it is none."""
-    found = os.environ.get(name)
-    if found is None or not found.isdecimal():
-        remedy = _SLURM_REMEDY if name.startswith("SLURM") else "start it by mpirun, or unset the variables OMPI_*"
-        raise ValueError(f"{name} is {'not set' if found is None else repr(found)}; legal: a number ({remedy})")
-    return int(found)
-
-
-def _own_gpu(shared: bool, local: int) -> list[int]:
-    """One GPU each where processes share a node, unless the launcher already shows each only its own."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [local] if shared and (visible is None or visible.count(",")) else []
 
 
 def check_devices(mesh: MeshConfig) -> None:
@@ -229,8 +165,8 @@ def _told(client: Any, key: str, deadline: float) -> str | None:
         raise
 
 
-def _gather(place: Place, deadline: float, wait: int) -> None:
-    """Process 0 waits until all have reported, and tells them so, or who is missing.
+def _gather(place: Place, deadline: float, wait: int) -> str:
+    """Process 0 waits until all have reported, and tells them so, or who is missing. Returns its own address.
 
     jax alone would end the process from C++ code, without a word on who did not come.
     """
@@ -264,6 +200,7 @@ def _gather(place: Place, deadline: float, wait: int) -> None:
                 connection.sendall(f"{problem}\n".encode())
     if problem:
         raise ValueError(problem)
+    return "127.0.0.1"
 
 
 def _hello(connection: socket.socket) -> tuple[int, int | None]:
@@ -275,13 +212,14 @@ def _hello(connection: socket.socket) -> tuple[int, int | None]:
     return process, processes
 
 
-def _report(place: Place, deadline: float, wait: int) -> None:
-    """Tells process 0 that this one has come, and waits for its word."""
+def _report(place: Place, deadline: float, wait: int) -> str:
+    """Tells process 0 that this one has come, and waits for its word. Returns the address at which it was."""
     host, _, port = place.coordinator.rpartition(":")
     while True:
         left = max(0.01, deadline - time.monotonic())
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
+                address: str = connection.getpeername()[0]
                 connection.settimeout(left + _GRACE)
                 connection.sendall(f"{place.process} {place.processes}\n".encode())
                 answer = connection.makefile().readline()
@@ -297,6 +235,7 @@ def _report(place: Place, deadline: float, wait: int) -> None:
             time.sleep(0.2)
     if answer.strip():
         raise ValueError(answer.strip())
+    return address
 
 
 def _numbers(missing: list[int]) -> str:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import helpers
+import jax
 import pytest
 
 from mosaics_jax.history import read_metrics
+from mosaics_jax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -58,6 +60,21 @@ def test_the_environment_decides_no_number(name, value, tmp_path):
     assert set_.stderr == f"{name} is set, and not heeded: the numbers of a run depend on its config alone\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jax_enable_x64", True), ("jax_default_prng_impl", "rbg"), ("jax_threefry_partitionable", False)],
+)
+def test_a_program_that_sets_jax_otherwise_is_told(name, value, corpus, tmp_path):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(ValueError, match=f"JAX is set to {name}={value}; legal: {before}"):
+            train(helpers.tiny_config(corpus), tmp_path / "run")
+    finally:
+        jax.config.update(name, before)
+    assert not (tmp_path / "run").exists()
+
+
 def _write(path, *records):
     path.mkdir(exist_ok=True)
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"kind": "tr')
@@ -83,8 +100,6 @@ def test_each_step_is_read_once(tmp_path):
 def test_a_resumed_run_has_each_step_once(corpus, tmp_path):
     """In TensorBoard as in `read_metrics`: its later life marks from where on it tells anew."""
     from tensorboardX.proto import event_pb2
-
-    from mosaics_jax.train import train
 
     config = helpers.tiny_config(corpus, **{"run.log_every": 1})
     train(config, tmp_path / "run")

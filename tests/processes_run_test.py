@@ -201,6 +201,39 @@ def test_a_sigterm_to_one_process_saves_and_stops_all(corpus, tmp_path):
     assert f"saved step {saved}" in _log(workdir, 0)
 
 
+# The host's name is known to this process alone, as a name is that only the system's own directory service tells.
+_MEET = """
+import socket, sys
+real = socket.getaddrinfo
+socket.getaddrinfo = lambda host, *rest, **more: real("127.0.0.1" if host == "node" else host, *rest, **more)
+from mosaics_jax import processes, schedulers
+me = int(sys.argv[2])
+processes.connect(schedulers.Place(f"node:{sys.argv[1]}", 2, me, []), 60, 100)
+print(processes.exchange(f"I am {me}", "test"))
+"""
+
+
+@pytest.mark.slow
+def test_processes_meet_where_jax_alone_would_not(tmp_path):
+    """Behind a web proxy that answers nobody, at a name that gRPC cannot look up, told to listen at another address."""
+    proxy = f"http://127.0.0.1:{_port()}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_BIND_ADDRESS": "192.0.2.1:1"}
+    environment |= {name: proxy for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "grpc_proxy")}
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        environment.pop(name, None)
+    port, started = str(_port()), []
+    for me in ("0", "1"):
+        command = [sys.executable, "-c", _MEET, port, me]
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    for process in started:
+        said, errors = process.communicate(timeout=PATIENCE)
+        assert said == "['I am 0', 'I am 1']\n", errors
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_who_did_not_come_is_named(corpus, tmp_path):

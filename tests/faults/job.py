@@ -151,7 +151,8 @@ def arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     found = {}
     for item in ("params", "optimizer", "counters"):
-        store = {"driver": "ocdbt", "base": f"file://{workdir / 'checkpoints' / str(newest) / item}/"}
+        files = {"driver": "file", "path": f"{workdir / 'checkpoints' / str(newest) / item}/"}
+        store = {"driver": "ocdbt", "base": files}
         for key in tensorstore.KvStore.open(store).result().list().result():
             if key.endswith(b"/.zarray"):
                 name = key.decode().removesuffix("/.zarray")
