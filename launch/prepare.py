@@ -17,10 +17,10 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command
-from mosaics_jax.data.bpe import LEARNING, READING
+from mosaics_jax.data.bpe import LEARNING, READING, TIMING
 
 if TYPE_CHECKING:
-    from mosaics_jax.data.prepare import Progress
+    from mosaics_jax.data.workplace import Progress
 
 _INPUTS = flags.DEFINE_multi_string(
     "input",
@@ -107,13 +107,13 @@ class _Shown:
 
     def __call__(self, state: "Progress") -> None:
         now = time.monotonic()
-        done = min(state.done, state.total)  # some bytes are read twice
+        done = min(state.done, state.total) if state.total else state.done  # some bytes are read twice
         if state.pass_ != self._pass:
             self.close()
             self._pass, self._began, self._next = state.pass_, now, now + 1
-            unit = {"tokenizing": "B", READING: "B", LEARNING: "s"}.get(state.pass_, "tok")
+            unit = {"tokenizing": "B", READING: "B", TIMING: "s", LEARNING: "s"}.get(state.pass_, "tok")
             self._bar = tqdm(
-                total=state.total, desc=state.pass_, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
+                total=state.total or None, desc=state.pass_, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
             )
         assert self._bar is not None
         self._bar.update(done - self._bar.n)
@@ -123,9 +123,12 @@ class _Shown:
             self._bar.set_postfix_str(speed, refresh=False)
         if self._bar.disable and now >= self._next and done:
             self._next = now + 10
+            if not state.total:
+                print(f"{state.pass_}: {seconds:,.0f} s", flush=True)
+                return
             left = state.total - done if state.pass_ == LEARNING else seconds * (state.total - done) / done
             said = f"{speed}, " if state.tokens else ""
-            print(f"{state.pass_}: {done / max(1, state.total):.1%}, {said}{left:,.0f} s left", flush=True)
+            print(f"{state.pass_}: {done / state.total:.1%}, {said}{left:,.0f} s left", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

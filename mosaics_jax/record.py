@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+from mosaics_jax import paths
 from mosaics_jax.config import Config, differences, with_new_fields
 
 # Fields that may change between restarts: they move no number beyond the rounding of a reduction, and spike_sigma none
@@ -43,7 +44,10 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "RunRecord":
-        return cls(**{**saved, "config": with_new_fields(saved["config"])})
+        config = with_new_fields(saved["config"])
+        if config["init_from"]:  # as it is in a config that is read today
+            config["init_from"] = str(paths.absolute(config["init_from"]))
+        return cls(**{**saved, "config": config})
 
 
 def data_differences(saved: RunRecord, current: RunRecord) -> list[str]:

@@ -110,7 +110,7 @@ def test_init_names_a_bad_field():
 
 
 def test_the_public_names_are_these():
-    functions = ["generate", "init", "load", "load_safetensors", "save_safetensors"]
+    functions = ["generate", "init", "load", "load_safetensors", "read_metrics", "save_safetensors"]
     assert mosaics_jax.__all__ == ["explore", *functions]
     for name in functions:
         assert callable(getattr(mosaics_jax, name))

@@ -553,7 +553,7 @@ def test_names_that_prepare_is_given(tmp_path: pathlib.Path, name: str, output: 
 
 
 # What a prepared corpus may hold, whatever lay in the work folder.
-WRITTEN = {"manifest.json", "skipped.jsonl", "tokenizer"} | {
+WRITTEN = {"manifest.json", "skipped.jsonl", "files.jsonl", "tokenizer"} | {
     f"{split}-00000.{kind}" for split in ("train", "valid") for kind in ("tokens", "crc32", "documents")
 }
 

@@ -60,7 +60,7 @@ def test_help_documents_every_flag(module: str) -> None:
         (["--workdir=x", "--config.data.mixture.books=0.3"], r"has no 'books'; set a dictionary whole"),
         (["--workdir=x", "--config.data.mixture={'books':0}"], r"data.mixture.books is 0; legal: a positive number"),
         (["--workdir=x", "--config.data.packing=tight"], r"data.packing is 'tight'; legal: concat, best_fit"),
-        (["--workdir=x", "--config.data.path=nowhere"], "no prepared corpus: 'nowhere'.*launch.prepare"),
+        (["--workdir=x", "--config.data.path=nowhere"], "no prepared corpus: '.*/nowhere'.*launch.prepare"),
     ],
 )
 def test_mistakes_of_train(arguments: list[str], pattern: str) -> None:
@@ -129,7 +129,7 @@ def test_verify_inspect_and_pack(corpus: pathlib.Path, tmp_path: pathlib.Path) -
     [
         ([], "--output is not set; legal: a directory to make"),
         (["--output=a", "--verify=b"], "--output and --verify are set; legal: one of"),
-        (["--verify=nowhere"], "no prepared corpus: 'nowhere'"),
+        (["--verify=nowhere"], "no prepared corpus: '.*/nowhere'"),
         (["--inspect={corpus}", "--row=100000"], "row is 100000; legal: 0 to"),
         (["--inspect={corpus}", "--row=0", "--packing=best_fit"], "no best-fit plan for rows of 4096"),
         (["--pack={corpus}", "--context=0"], "context is 0"),

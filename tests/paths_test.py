@@ -1,5 +1,6 @@
 """A path is a path: whatever is in its name, ~ at its beginning, and one writer of a folder at a time."""
 
+import dataclasses
 import fcntl
 import functools
 import json
@@ -19,7 +20,7 @@ import pytest
 from mosaics_jax import lock, paths
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, default_config, load_config
-from mosaics_jax.record import RunRecord
+from mosaics_jax.record import RunRecord, check_same_run
 from mosaics_jax.step import init_state
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -135,6 +136,18 @@ def test_every_field_of_a_config_that_is_a_path_is_made_one(tmp_path, monkeypatc
     plain = Config.from_config_dict(default_config())
     assert plain.data.path == str(pathlib.Path.cwd() / "data" / "python")
     assert (plain.checkpoint.local_dir, plain.run.compilation_cache, plain.init_from) == ("", "auto", "")
+
+
+def test_a_run_that_noted_a_relative_path_goes_on(tmp_path, monkeypatch):
+    """As runs did that were begun before paths were made absolute."""
+    monkeypatch.chdir(tmp_path)
+    noted = helpers.tiny_config(init_from="runs/first")
+    now = dataclasses.replace(noted, init_from=str(tmp_path / "runs" / "first"))
+    saved = RunRecord.from_dict(RunRecord(noted.to_dict(), "0" * 64, 0).to_dict())
+    check_same_run(saved, RunRecord(now.to_dict(), "0" * 64, 0), "it")
+    other = dataclasses.replace(noted, init_from=str(tmp_path / "runs" / "second"))
+    with pytest.raises(ValueError, match=r"it was made with other settings .init_from: .*/runs/first' -> .*/runs/sec"):
+        check_same_run(saved, RunRecord(other.to_dict(), "0" * 64, 0), "it")
 
 
 def test_a_config_file_lies_at_home(tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ def test_processes_meet_where_jax_alone_would_not(tmp_path):
     """Behind a web proxy that answers nobody, at a name that gRPC cannot look up, told to listen at another address."""
     proxy = f"http://127.0.0.1:{_port()}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_BIND_ADDRESS": "192.0.2.1:1"}
-    environment |= {name: proxy for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "grpc_proxy")}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "grpc_proxy"), proxy)
     for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
         environment.pop(name, None)
     port, started = str(_port()), []

@@ -13,8 +13,8 @@ import tokenizers
 TRAINING_BYTES = 50_000_000
 _TRIAL_BYTES = 1_000_000
 _LONGEST_WORD = 1000
-# What is reported of, and in which unit: bytes, seconds.
-READING, LEARNING = "reading for the tokenizer", "learning the tokenizer"
+# What is reported of, and in which unit: bytes, seconds, seconds.
+READING, TIMING, LEARNING = "reading for the tokenizer", "timing the tokenizer", "learning the tokenizer"
 Report = Callable[[str, int, int], None]
 
 # The split of Llama-3; our own BPE is trained under the same one.
@@ -59,7 +59,7 @@ def train_ranks(size: int, texts: Iterable[str], report: Report = lambda what, d
     more than 1,000 bytes (a genome is one) are cut there: learning takes the square of a word's length.
 
     Args:
-      report: called at least every second with what is done, and how much of how much of it.
+      report: called at least every second with what is done, and how much of how much of it (0: not known).
     """
     held, taken = [], 0
     for text in texts:
@@ -68,15 +68,22 @@ def train_ranks(size: int, texts: Iterable[str], report: Report = lambda what, d
         held.append(text)
         taken += len(text.encode())
         report(READING, min(taken, TRAINING_BYTES), TRAINING_BYTES)
-    began = time.monotonic()
-    if taken > _TRIAL_BYTES:  # its time tells that of the whole, about
-        _learn(size, list(_first_bytes(held, _TRIAL_BYTES)))
-    about = (time.monotonic() - began) * taken / _TRIAL_BYTES
     with concurrent.futures.ThreadPoolExecutor(1, "tokenizer") as executor:
-        began, learning = time.monotonic(), executor.submit(_learn, size, held)
-        while not concurrent.futures.wait([learning], 1).done:
-            report(LEARNING, int(min(time.monotonic() - began, about)), max(1, int(about)))
-    return learning.result()
+
+        def learn(what: str, texts: list[str], about: float) -> dict[bytes, int]:
+            began, learning = time.monotonic(), executor.submit(_learn, size, texts)
+            while not concurrent.futures.wait([learning], 1).done:
+                seconds = time.monotonic() - began
+                report(what, int(min(seconds, about) if about else seconds), int(about))
+            return learning.result()
+
+        about = 0.0
+        if taken > _TRIAL_BYTES:
+            first, size_of_first = _first_bytes(held)
+            began = time.monotonic()
+            learn(TIMING, first, 0)
+            about = (time.monotonic() - began) * taken / size_of_first
+        return learn(LEARNING, held, about)
 
 
 def _learn(size: int, texts: list[str]) -> dict[bytes, int]:
@@ -97,13 +104,15 @@ def _learn(size: int, texts: list[str]) -> dict[bytes, int]:
     return {bytes(byte_of[c] for c in token): rank for token, rank in inner.get_vocab().items()}
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    taken = 0
+def _first_bytes(texts: list[str]) -> tuple[list[str], int]:
+    """The first megabyte, of which the time of all is told, and its exact size."""
+    found, taken = [], 0
     for text in texts:
-        if taken >= limit:
-            return
-        taken += len(text.encode())
-        yield text
+        found.append(text[: _TRIAL_BYTES - taken])
+        taken += len(found[-1].encode())
+        if taken >= _TRIAL_BYTES:
+            break
+    return found, taken
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -176,7 +176,8 @@ def files_read(manifest: Manifest) -> list[str]:
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     read = [pathlib.Path(one["path"]) for one in found if "read" in one]
     kinds = Counter(_kind(pathlib.Path(one["path"]), one["read"]) for one in found if "read" in one)
-    lines = [f"read {len(read):,} files: {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(8))}"]
+    number = f"{len(read):,} file{'s' if len(read) != 1 else ''}"
+    lines = [f"read {number}: {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(8))}"]
     why = Counter((pathlib.Path(one["path"]).suffix, one["left_out"]) for one in found if "left_out" in one)
     for (suffix, reason), count in why.most_common(8):
         lines.append(f"left out: {count:,} {suffix or 'without a suffix'}, because each {reason}")

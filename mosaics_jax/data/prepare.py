@@ -16,37 +16,21 @@ import os
 import pathlib
 import shlex
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import numpy as np
 
 from mosaics_jax import paths
-from mosaics_jax.data.corpus import FILES, MANIFEST, SKIPPED, SPLITS, Manifest, Shard, Split, write_whole
+from mosaics_jax.data.corpus import FILES, MANIFEST, SKIPPED, SPLITS, Manifest, write_whole
 from mosaics_jax.data.documents import Broken, read_parts
 from mosaics_jax.data.inputs import PYTHON_CORPUS, Found, Unit, find_units
 from mosaics_jax.data.pool import Pool
-from mosaics_jax.data.shards import Layout, write_shard
+from mosaics_jax.data.shards import write_splits
 from mosaics_jax.data.splits import assigned, other_rule
 from mosaics_jax.data.stage import Reading, Stage, stage_name, token_type, write_stage
 from mosaics_jax.data.tables import RECORD_FORMATS
 from mosaics_jax.data.tokenizer import Tokenizer, make_tokenizer
-from mosaics_jax.data.workplace import Settings, UnusableError, workplace
+from mosaics_jax.data.workplace import Progress, Settings, UnusableError, workplace
 
-# A worker holds some numbers for each document of a shard.
-_MOST_DOCUMENTS = 1 << 20
 _MOST_WORKERS = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What `prepare` says while it works: `done` of `total` bytes of input, or tokens of shards, and tokens so far."""
-
-    pass_: str
-    done: int
-    total: int
-    tokens: int
 
 
 def prepare(
@@ -100,7 +84,7 @@ def prepare(
                 if other := _other_reading(stages, settings, reading):
                     reading, note = other
                     continue
-                splits = _splits(pool, stages, partial, settings, token_type(made), progress)
+                splits = write_splits(pool, stages, partial, settings, token_type(made), progress)
             break
         _list_files(found, len(stages), partial)
         manifest = Manifest(
@@ -233,56 +217,6 @@ def _stage_task(
         progress(0, unit.size)
         return stage
     return write_stage(unit, folder, tokenizer, reading, most_broken, limit, progress)
-
-
-def _splits(
-    pool: Pool, stages: list[Stage], folder: pathlib.Path, settings: Settings, dtype: np.dtype,
-    progress: Callable[[Progress], None],
-) -> dict[str, Split]:  # fmt: skip
-    """The second pass: the shards of each split."""
-    splits = {}
-    for name in SPLITS:
-        tokens, documents = (sum(getattr(stage, kind)[name] for stage in stages) for kind in ("tokens", "documents"))
-        count = min(documents, max(-(-tokens // settings.shard_tokens), -(-documents // _MOST_DOCUMENTS)))
-        layout = Layout(name, stages, count, settings.shuffle_seed, dtype)
-
-        def report(done: int, _: int, name: str = name, tokens: int = tokens) -> None:
-            progress(Progress(f"writing {name}", done, tokens, done))
-
-        pool.share(layout)
-        tasks = [(number, folder) for number in range(count)]
-        described = list(pool.map(_shard_task, tasks, report))
-        lengths: Counter[int] = Counter()
-        for one in described:
-            lengths.update({int(power): number for power, number in one.pop("lengths").items()})
-        splits[name] = Split(
-            documents=documents,
-            tokens=tokens,
-            bytes=sum(stage.bytes[name] for stage in stages),
-            bigram_entropy=_bigram_entropy(stages, name),
-            document_lengths=dict(sorted(lengths.items())),
-            shards=tuple(Shard(**one) for one in described),
-        )
-    return splits
-
-
-def _shard_task(
-    layout: Layout, number: int, folder: pathlib.Path, progress: Callable[[int, int], None] = lambda done, size: None
-) -> dict[str, Any]:
-    return write_shard(layout, number, folder, lambda tokens: progress(tokens, 0))
-
-
-def _bigram_entropy(stages: list[Stage], split: str) -> float:
-    """H(next | previous) in bits: -sum p(previous, next) log2 p(next | previous); 0 where there are no pairs."""
-    pairs = np.zeros(2**16, np.int64)
-    for stage in stages:
-        index, counts = stage.bigrams_of(split)
-        pairs[index] += counts.astype(np.int64)
-    table = pairs.reshape(256, 256)
-    seen = table > 0
-    given = np.broadcast_to(table.sum(1, keepdims=True), table.shape)[seen]
-    bits = table[seen] * np.log2(given / table[seen])
-    return float(bits.sum()) / max(1, int(table.sum()))
 
 
 def _skipped(stages: list[Stage], folder: pathlib.Path) -> dict[str, int]:

@@ -14,13 +14,29 @@ import json
 import operator
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from mosaics_jax.data.corpus import Shard, cannot_write, checksums, length_counts, shard_from, write_whole
+from mosaics_jax.data.corpus import (
+    SPLITS,
+    Shard,
+    Split,
+    cannot_write,
+    checksums,
+    length_counts,
+    shard_from,
+    write_whole,
+)
 from mosaics_jax.data.permutation import permutation_key, permute
+from mosaics_jax.data.pool import Pool
 from mosaics_jax.data.stage import Stage
+from mosaics_jax.data.workplace import Progress, Settings
+
+# A worker holds some numbers for each document of a shard.
+_MOST_DOCUMENTS = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +60,56 @@ class Layout:
     def begins(self) -> np.ndarray:
         """Documents before each stage, and of all of them at the end."""
         return np.cumsum([0] + [stage.documents[self.split] for stage in self.stages])
+
+
+def write_splits(
+    pool: Pool, stages: list[Stage], folder: pathlib.Path, settings: Settings, dtype: np.dtype,
+    progress: Callable[[Progress], None],
+) -> dict[str, Split]:  # fmt: skip
+    """The shards of each split, and what the manifest says of them."""
+    splits = {}
+    for name in SPLITS:
+        tokens, documents = (sum(getattr(stage, kind)[name] for stage in stages) for kind in ("tokens", "documents"))
+        count = min(documents, max(-(-tokens // settings.shard_tokens), -(-documents // _MOST_DOCUMENTS)))
+        layout = Layout(name, stages, count, settings.shuffle_seed, dtype)
+
+        def report(done: int, _: int, name: str = name, tokens: int = tokens) -> None:
+            progress(Progress(f"writing {name}", done, tokens, done))
+
+        pool.share(layout)
+        tasks = [(number, folder) for number in range(count)]
+        described = list(pool.map(_shard_task, tasks, report))
+        lengths: Counter[int] = Counter()
+        for one in described:
+            lengths.update({int(power): number for power, number in one.pop("lengths").items()})
+        splits[name] = Split(
+            documents=documents,
+            tokens=tokens,
+            bytes=sum(stage.bytes[name] for stage in stages),
+            bigram_entropy=_bigram_entropy(stages, name),
+            document_lengths=dict(sorted(lengths.items())),
+            shards=tuple(Shard(**one) for one in described),
+        )
+    return splits
+
+
+def _shard_task(
+    layout: Layout, number: int, folder: pathlib.Path, progress: Callable[[int, int], None] = lambda done, size: None
+) -> dict[str, Any]:
+    return write_shard(layout, number, folder, lambda tokens: progress(tokens, 0))
+
+
+def _bigram_entropy(stages: list[Stage], split: str) -> float:
+    """H(next | previous) in bits: -sum p(previous, next) log2 p(next | previous); 0 where there are no pairs."""
+    pairs = np.zeros(2**16, np.int64)
+    for stage in stages:
+        index, counts = stage.bigrams_of(split)
+        pairs[index] += counts.astype(np.int64)
+    table = pairs.reshape(256, 256)
+    seen = table > 0
+    given = np.broadcast_to(table.sum(1, keepdims=True), table.shape)[seen]
+    bits = table[seen] * np.log2(given / table[seen])
+    return float(bits.sum()) / max(1, int(table.sum()))
 
 
 def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Callable[[int], None]) -> dict:

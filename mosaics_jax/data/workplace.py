@@ -35,6 +35,16 @@ class Settings:
         return Reading(self.text_field, self.record_format, Rule.of_share(self.valid_fraction))
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What `prepare` says while it works: `done` of `total` bytes of input, or tokens of shards, and tokens so far."""
+
+    pass_: str
+    done: int
+    total: int
+    tokens: int
+
+
 @contextlib.contextmanager
 def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path]:
     """The directory beside `target` where it is made; held by this run alone, and kept only if some work is done."""

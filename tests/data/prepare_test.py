@@ -319,7 +319,7 @@ def test_one_document_is_cut_in_two(tmp_path, text, valid, tokenizer):
     (train,), (held,) = (read_documents(manifest, name) for name in ("train", "valid"))
     assert train + held == text
     assert held == valid
-    assert "there is one document: it is cut at a line end" in manifest.note
+    assert "there is one document: it is cut in two, at a line end if it has one" in manifest.note
 
 
 def test_a_long_document_is_cut_in_whichever_part(tmp_path, monkeypatch):

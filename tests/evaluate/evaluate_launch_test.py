@@ -132,7 +132,7 @@ def test_mistakes_are_answered_before_a_model_is_loaded(given, message):
     [
         (("--suite=needle", "--lengths=4k"), "error: --lengths has '4k'; legal: integers, separated by commas"),
         (("--suite=perplexity", "--step=1"), "has no checkpoint 1; legal: 2, 3, 4"),
-        (("--suite=perplexity", "--compare=nowhere"), "'nowhere', which has no evaluation with the suite 'perplexity'"),
+        (("--suite=perplexity", "--compare=nowhere"), "/nowhere', which has no evaluation with the suite 'perplexity'"),
     ],
 )
 def test_one_line_and_exit_2(workdir, flags, message):
