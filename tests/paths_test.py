@@ -75,7 +75,7 @@ def test_prepare_train_kill_resume_evaluate_export_generate(name, tmp_path):
         (texts / f"{number}.txt").write_text(f"text number {number} of those that are read " * 8)
     made = _run("launch.prepare", f"--input={texts}", f"--output={place / 'corpus'}", "--valid_fraction=0.2", cwd=place)
     assert made.returncode == 0, made.stderr
-    config = helpers.tiny_config(place / "corpus", **{"run.steps": 600, "checkpoint.every": 5, "run.eval_every": 600})
+    config = helpers.tiny_config(place / "corpus", **{"run.steps": 600, "checkpoint.every": 30, "run.eval_every": 600})
     words = [
         f"--config={ROOT / 'configs' / 'tiny.py'}",
         *helpers.command_line(config)[1:],
