@@ -184,13 +184,17 @@ def model():
 
 @pytest.fixture(scope="module")
 def spelling():
-    """A model that looks at the last token alone, and follows a chain: begin -> "a" -> "b" -> end, and "c" -> "c"."""
+    """A model that looks at the last token alone, and follows chains.
+
+    Begin -> "a" -> "b" -> end, "c" -> "c", and "d" -> " " -> "d".
+    """
     values = _values(BYTES)
     values["blocks"]["W_o"][:] = 0
     values["blocks"]["persistent"]["W_2"][:] = 0
     values["embedding"][:] = values["classifier"][:] = 0
     values["final_norm"][:] = 1
     chain = {TOKENIZER.begin: ord("a"), ord("a"): ord("b"), ord("b"): TOKENIZER.end, ord("c"): ord("c")}
+    chain |= {ord("d"): ord(" "), ord(" "): ord("d")}
     for direction, (last, following) in enumerate(chain.items()):
         values["embedding"][last, direction] = 1
         values["classifier"][direction, following] = 1
@@ -225,6 +229,18 @@ def test_a_greedy_continuation_is_the_argmax_of_the_full_pass(model):
 
 def test_the_end_of_text_stops_a_row_and_not_its_neighbours(spelling):
     assert _greedy(spelling, prompts=["", "a", LONG + "b", "c"]) == ["ab", "b", "", "c" * 12]
+
+
+class _DropsFirstSpace(ByteTokenizer):
+    """Decodes as the tokenizers of Llama 2 and Mistral do."""
+
+    def decode(self, ids):
+        return super().decode(ids).removeprefix(" ")
+
+
+def test_a_continuation_keeps_its_first_space(spelling):
+    made = _greedy(spelling, tokenizer=_DropsFirstSpace(), prompts=["d", "d ", "c"], max_new_tokens=3)
+    assert made == [" d ", "d d", "ccc"]
 
 
 def test_the_seed_decides_what_is_drawn():

@@ -1,6 +1,8 @@
 import base64
+import concurrent.futures
 import importlib.util
 import pathlib
+import random
 import re
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import tokenizers
 
 from mosaics_jax.data import bpe
-from mosaics_jax.data.tokenizer import BEGIN_TEXT, END_TEXT, RankTokenizer, load_tokenizer, make_tokenizer
+from mosaics_jax.data.tokenizer import BEGIN_TEXT, END_TEXT, RankTokenizer, continuation, load_tokenizer, make_tokenizer
 
 TEXTS = [
     pathlib.Path(bpe.__file__).read_text(encoding="utf-8"),
@@ -45,13 +47,38 @@ def _tokenizer_json(ends: str) -> str:
     return inner.to_str()
 
 
-@pytest.fixture(params=["bytes", "bpe", "llama3", "huggingface", "huggingface special", "huggingface plain"])
+def _sentencepiece_json() -> str:
+    """As that of Llama 2: a space is U+2581, one is put before a text, and decoding drops it."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = ["<unk>", *bytes_, *"\u2581abcdefghijklmnopqrstuvwxyz", "\u2581t", "\u2581th", "\u2581the", "ca", "cat"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = [("\u2581", "t"), ("\u2581t", "h"), ("\u2581th", "e"), ("c", "a"), ("ca", "t")]
+    model = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    inner = tokenizers.Tokenizer(model)
+    kinds = tokenizers.normalizers
+    inner.normalizer = kinds.Sequence([kinds.Prepend("\u2581"), kinds.Replace(" ", "\u2581")])
+    kinds = tokenizers.decoders
+    inner.decoder = kinds.Sequence(
+        [kinds.Replace("\u2581", " "), kinds.ByteFallback(), kinds.Fuse(), kinds.Strip(" ", 1, 0)]
+    )
+    return inner.to_str()
+
+
+@pytest.fixture(
+    params=["bytes", "bpe", "llama3", "huggingface", "huggingface special", "huggingface plain", "sentencepiece"]
+)
 def tokenizer(request, tmp_path):
     kind, _, ends = request.param.partition(" ")
     if kind == "huggingface":
         path = tmp_path / "tokenizer.json"
         path.write_text(_tokenizer_json(ends or "absent"), encoding="utf-8")
         return make_tokenizer(str(path))
+    if kind == "sentencepiece":
+        path = tmp_path / "tokenizer.json"
+        path.write_text(_sentencepiece_json(), encoding="utf-8")
+        made = make_tokenizer(str(path))
+        assert made.decode(made.encode("the cat")[1:]) == "cat"  # by themselves, these ids lose their space
+        return made
     if kind == "llama3":
         path = tmp_path / "tokenizer.model"
         path.write_bytes(_rank_lines([bytes([b]) for b in range(256)] + [b"th", b"the", b" the"]))
@@ -74,9 +101,20 @@ def test_decode_drops_specials_and_replaces_broken_utf8(tokenizer):
     ids = [tokenizer.begin, *tokenizer.encode("ab"), tokenizer.end]
     assert tokenizer.decode(ids) == "ab"
     assert tokenizer.decode(np.array(ids)) == "ab"
-    broken = tokenizer.encode("é")[:1]
-    if tokenizer.decode(broken) != "é":
-        assert tokenizer.decode(broken) == "\ufffd"
+    character = tokenizer.encode("é")
+    if len(character) > 1:
+        assert tokenizer.decode(character[:-1]) == "\ufffd"
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "a  b ", "naïve 🙂 cat", "  the"])
+def test_a_text_and_its_continuation_are_the_whole(text, tokenizer):
+    ids = tokenizer.encode(text)
+    for cut in range(1, len(ids)):
+        before, after = ids[:cut], ids[cut:]
+        known = tokenizer.decode(before).rstrip("\ufffd")  # a character that is cut belongs to the continuation
+        assert known + continuation(tokenizer, after, before) == text
+    ids, known = tokenizer.encode("x the"), tokenizer.encode("x")
+    assert continuation(tokenizer, ids[len(known) :]) == " the"  # after any text
 
 
 def test_decode_refuses_ids_out_of_range(tokenizer):
@@ -125,6 +163,35 @@ def test_trained_ids_are_those_of_hugging_face_and_the_same_each_time():
         assert ours.encode(text).tolist() == inner.encode(text).ids
 
 
+def test_a_word_without_end_is_learned_from_in_pieces():
+    """A genome: its square would take hours. It is learned from as its thousands of bytes are."""
+    draw = random.Random(0)
+    genome = "".join(draw.choices("ACGT", k=20_000))
+    ranks = bpe.train_ranks(600, [genome])
+    assert ranks == bpe.train_ranks(600, [genome[start : start + 1000] for start in range(0, len(genome), 1000)])
+    tokenizer = RankTokenizer(ranks, "bpe")
+    assert tokenizer.decode(tokenizer.encode(genome)) == genome
+    assert len(tokenizer.encode(genome)) < len(genome) / 3
+
+
+def test_learning_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(bpe, "_TRIAL_BYTES", 1000)
+    real, told = concurrent.futures.wait, []
+    monkeypatch.setattr(bpe.concurrent.futures, "wait", lambda futures, _: real(futures, 0.001))
+    bpe.train_ranks(600, TEXTS * 3, lambda *state: told.append(state))
+    size = sum(len(text.encode()) for text in TEXTS * 3)
+    assert [(done, total) for what, done, total in told if what == bpe.READING][-1] == (size, bpe.TRAINING_BYTES)
+    assert {what for what, _, _ in told} == {bpe.READING, bpe.TIMING, bpe.LEARNING}
+    assert all(total == 0 for what, _, total in told if what == bpe.TIMING)
+    assert all(0 <= done <= total for what, done, total in told if what == bpe.LEARNING and total)
+
+
+def test_the_first_megabyte_is_cut_out_of_a_long_text(monkeypatch):
+    monkeypatch.setattr(bpe, "_TRIAL_BYTES", 10)
+    assert bpe._first_bytes(["abc", "defghijklmnop", "q"]) == (["abc", "defghij"], 10)
+    assert bpe._first_bytes(["abc"]) == (["abc"], 3)
+
+
 def test_training_reads_no_more_than_its_share(monkeypatch):
     monkeypatch.setattr(bpe, "TRAINING_BYTES", 1000)
     read = []
@@ -136,9 +203,10 @@ def test_training_reads_no_more_than_its_share(monkeypatch):
 def test_cutting_long_texts_changes_no_id(monkeypatch, piece):
     tokenizer = make_tokenizer("bpe:400", TEXTS)
     parts = ["cat", " ", "\n", "!", "12345", "é", "你", "'s", "\t", "\r", "x", "  ", "\u3000", "don't"]
-    random = np.random.default_rng(0)
+    parts += ["\r\n", "。", "，", "か", "한"]
+    draw = np.random.default_rng(0)
     for _ in range(40):
-        text = "".join(random.choice(parts, size=200))
+        text = "".join(draw.choice(parts, size=200))
         whole = tokenizer.encode(text)
         with monkeypatch.context() as patch:
             patch.setattr(bpe, "_PIECE", piece)
