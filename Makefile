@@ -11,7 +11,7 @@ H100 := .venv/h100
 CUDA130 := .venv/cuda130
 extra = $(BIN)/python -c "import configparser; c = configparser.ConfigParser(); c.read('setup.cfg'); \
 	print(c['options.extras_require']['$(1)'])" | $(BIN)/python -m pip install --quiet --upgrade --target $(2) $(3) -r /dev/stdin
-cuda = JAX_PLATFORMS=cpu PYTHONPATH=$(H100) CUDA_ROOT=$(CURDIR)/$(1)/nvidia/cu13 PATH="$(CURDIR)/$(1)/nvidia/cu13/bin:$$PATH"
+cuda = JAX_PLATFORMS=cpu PYTHONPATH=$(H100) CUDA_ROOT="$(CURDIR)/$(1)/nvidia/cu13" PATH="$(CURDIR)/$(1)/nvidia/cu13/bin:$$PATH"
 
 .PHONY: setup train test test-slow test-long faults claims claims-gpu lint bench gpu gpu-bundle gpu-variants gpu-train gpu-next clean
 

@@ -94,8 +94,8 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS, argument: 
 
     What is wrong is one line on stderr and exit 2.
     """
-    # The loader of config files opens them by itself, before any flag has a value.
-    argv = [re.sub("^(--?config=)(~.*)", lambda found: f"{found[1]}{paths.absolute(found[2])}", word) for word in argv]
+    if "config" in known:
+        argv = _with_config_as_read(argv)
     for word in argv[1:]:
         override = re.match(r"--?(?:no)?config\.([^=]*)", word)
         if override and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", override[1]):
@@ -113,6 +113,32 @@ def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS, argument: 
     if len(rest) > 1 + bool(argument):
         _fail(f"unexpected argument {rest[1 + bool(argument)]!r}; --help lists the flags")
     return rest
+
+
+def _with_config_as_read(argv: Sequence[str]) -> list[str]:
+    """`argv` with a --config that its loader can open, which does so itself, before any flag has a value.
+
+    The loader takes what follows the first colon for an argument of the recipe, and knows no ~.
+    """
+    words = list(argv)
+    for place, word in enumerate(words):
+        flag, equals, text = word.partition("=")
+        if flag.lstrip("-") != "config" or not 1 <= len(flag) - len("config") <= 2:
+            continue
+        if not equals:
+            if place + 1 == len(words):
+                break
+            place, flag, text = place + 1, "", words[place + 1]
+        ends = [len(text), *(at for at in reversed(range(len(text))) if text[at] == ":")]
+        end = next((end for end in ends if paths.absolute(text[:end]).is_file()), None)
+        if end is None:
+            _fail(f"no config file {text!r}; the shipped ones are in configs/")
+        path, argument = paths.absolute(text[:end]), text[end:]
+        if ":" in path.name:
+            _fail(f"--config is {text!r}; legal: a file that has no colon in its own name")
+        folder = paths.Plain(path.parent, re.compile(":")).path  # open as long as this process is
+        words[place] = f"{flag}{equals}{folder / path.name}{argument}"
+    return words
 
 
 def _of_config(error: Exception) -> str:

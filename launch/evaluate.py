@@ -33,6 +33,8 @@ def _define(field: dataclasses.Field) -> Any:
     kinds: dict[Any, Any] = {int: flags.DEFINE_integer, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
     if field.type in kinds:
         return kinds[field.type](field.name, default, field.metadata["doc"])
+    if field.name == "texts":  # paths, which may hold commas
+        return flags.DEFINE_multi_string(field.name, list(default), field.metadata["doc"])
     return flags.DEFINE_list(field.name, list(map(str, default)), field.metadata["doc"])
 
 

@@ -45,11 +45,7 @@ def main() -> None:
         raise ValueError("--workdir is not set; legal: the directory of a run, new or to be resumed")
     if _CONFIG.value is None:
         raise ValueError("--config is not set; legal: a config file, such as configs/tiny.py")
-    try:
-        config = config_lib.Config.from_config_dict(_CONFIG.value)
-    except OSError as error:  # config_flags keeps a failure to load until the config is read
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        raise ValueError(f"no config file {name!r}; the shipped ones are in configs/") from error
+    config = config_lib.Config.from_config_dict(_CONFIG.value)
     from mosaics_jax.processes import Missing, alone, connect, roll_call, stay_for_the_roll
     from mosaics_jax.train import SaveFailed, TrainingStopped, train  # after the flags: a typo is answered before JAX
 

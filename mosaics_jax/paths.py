@@ -20,27 +20,32 @@ def absolute(text: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def give_usual_mode(path: pathlib.Path) -> None:
-    """Lets a file be read by whom the umask lets read new ones: safetensors makes files for their owner alone."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    """Gives a file the mode of those that are made beside it: safetensors makes files for their owner alone."""
+    usual = path.with_name(f"{path.name}.mode")  # the umask itself is told to none but who changes it, for all threads
+    usual.touch()
+    try:
+        path.chmod(usual.stat().st_mode & 0o777)
+    finally:
+        usual.unlink()
 
 
 class Plain:
     """Another name of a folder, in which every library reads a path: that of an open descriptor of it."""
 
-    def __init__(self, folder: pathlib.Path):
-        """`folder` is absolute, and need not exist before `path` is asked for."""
-        self._folder, self._handle = folder, -1
+    def __init__(self, folder: pathlib.Path, misread: re.Pattern[str] = _MISREAD):
+        """`folder` is absolute, and need not exist before `path` is asked for; `misread` finds what is misread."""
+        self._folder, self._misread, self._handle = folder, misread, -1
 
     @property
     def path(self) -> pathlib.Path:
         """The folder itself where its name can be read in one way only. ValueError where there is no other name."""
-        if not _MISREAD.search(str(self._folder)):
+        if not self._misread.search(str(self._folder)):
             return self._folder
         if self._handle < 0:
             if not os.path.isdir("/proc/self/fd"):
-                raise ValueError(f"the path {str(self._folder)!r} has one of [ ] * ? \\, and Orbax misreads those here")
+                found = self._misread.search(str(self._folder))
+                assert found
+                raise ValueError(f"the path {str(self._folder)!r} has a {found[0]!r}, which a library misreads here")
             self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return pathlib.Path(f"/proc/self/fd/{self._handle}")
 

@@ -16,10 +16,14 @@ import time
 import helpers
 import jax
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from launch import command
 from mosaics_jax import lock, paths
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, default_config, load_config
+from mosaics_jax.evaluate.settings import text_files
 from mosaics_jax.record import RunRecord, check_same_run
 from mosaics_jax.step import init_state
 
@@ -148,6 +152,54 @@ def test_a_run_that_noted_a_relative_path_goes_on(tmp_path, monkeypatch):
     other = dataclasses.replace(noted, init_from=str(tmp_path / "runs" / "second"))
     with pytest.raises(ValueError, match=r"it was made with other settings .init_from: .*/runs/first' -> .*/runs/sec"):
         check_same_run(saved, RunRecord(other.to_dict(), "0" * 64, 0), "it")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ml_collections'
+@pytest.mark.parametrize("name", ["a:b", "a b%", "~x", "[2026]"])
+@pytest.mark.parametrize("argument", ["", ":8"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_config_file_lies_in_a_folder_of_any_name(name, argument, joined, tmp_path):
+    """Its loader takes what follows a colon for the recipe's argument."""
+    (tmp_path / name).mkdir()
+    recipe = (
+        "def get_config(which=''):\n    import ml_collections\n    return ml_collections.ConfigDict({'which': which})\n"
+    )
+    (tmp_path / name / "mine.py").write_text(recipe)
+    known = flags.FlagValues()
+    given = f"{tmp_path / name / 'mine.py'}{argument}"
+    argv = ["train", *([f"--config={given}"] if joined else ["--config", given])]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=known, sys_argv=argv)
+    assert command.parse(argv, known) == ["train"]
+    assert known["config"].value.which == argument.removeprefix(":")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("nowhere.py", "no config file 'nowhere.py'"), ("", "no config file ''"), ("~/a:b/c:d.py", "no colon in its own")],
+)
+def test_a_config_file_that_cannot_be_read_is_named(given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "a:b" / "c:d.py").touch()
+    known = flags.FlagValues()
+    argv = ["train", f"--config={given}", "--config.x=1"]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=known, sys_argv=argv)
+    with pytest.raises(SystemExit, match="2"):
+        command.parse(argv, known)
+    assert message in capsys.readouterr().err
+
+
+def test_two_files_with_colons_in_their_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a:b,c").mkdir()
+    train, test = tmp_path / "a:b,c" / "train.csv", tmp_path / "a:b,c" / "test.csv"
+    train.touch()
+    test.touch()
+    assert text_files(f"own={train}:{test}") == ("own", train, test)
+    assert text_files("own=~/a:b,c/train.csv:~/a:b,c/test.csv") == ("own", train, test)
+    with pytest.raises(ValueError, match=r"of whose files one or both are not there; legal: NAME=TRAIN:TEST"):
+        text_files(f"own={train}:{tmp_path}/none.csv")
 
 
 def test_a_config_file_lies_at_home(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mosaics_jax import paths
 from mosaics_jax.config import Config, MeshConfig
 from mosaics_jax.data.corpus import Manifest, document_ends, write_whole
 from mosaics_jax.data.source import Tokens
@@ -17,7 +16,7 @@ from mosaics_jax.evaluate.classification import LABELS, Classification
 from mosaics_jax.evaluate.model import RunModel
 from mosaics_jax.evaluate.needle import VARIANTS, Needle
 from mosaics_jax.evaluate.perplexity import Perplexity
-from mosaics_jax.evaluate.settings import Settings
+from mosaics_jax.evaluate.settings import Settings, text_files
 
 READERS: Mapping[str, Callable[[pathlib.Path], retrieval.Pool]] = {
     "squad": retrieval.read_squad,
@@ -94,8 +93,7 @@ def _make(name: str, model: RunModel, settings: Settings) -> suite.Suite:
         )  # fmt: skip
     tasks = [make(pathlib.Path(getattr(settings, field))) for field, make in _TASKS.items() if getattr(settings, field)]
     for text in settings.texts:
-        own, _, files = text.partition("=")
-        tasks.append(labelled.any_task(own, *map(paths.absolute, files.split(":"))))
+        tasks.append(labelled.any_task(*text_files(text)))
     return Classification(
         tasks,
         model.tokenizer,

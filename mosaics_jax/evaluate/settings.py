@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from mosaics_jax import paths
+
 SUITES = ("perplexity", "retrieval", "needle", "classification", "harness")
 SOURCES = {
     "squad": "SQuAD 2.0 (dev-v2.0.json, CC BY-SA 4.0): https://rajpurkar.github.io/SQuAD-explorer",
@@ -47,7 +49,9 @@ class Settings:
     banking77: str = _field("", "classification: folder with train.csv and test.csv", path=True)
     goemotions: str = _field("", "classification: folder with train.tsv, test.tsv and labels.txt", path=True)
     tacred: str = _field("", "classification: folder with your train.json and test.json", path=True)
-    texts: tuple[str, ...] = _field((), "classification: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl of text and label")
+    texts: tuple[str, ...] = _field(
+        (), "classification: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl of text and label; give it again for more"
+    )
     shots: tuple[int, ...] = _field((1, 2, 4, 8), "classification: examples of each class in the prompt")
     labels: tuple[str, ...] = _field((), "classification: semantic, anonymous; default: both")
     tasks: tuple[str, ...] = _field(
@@ -78,9 +82,7 @@ class Settings:
             if (value := getattr(self, field)) and not pathlib.Path(value).exists():
                 raise ValueError(f"--{field} is {value!r}, which is not there")
         for text in self.texts:
-            name, equals, files = text.partition("=")
-            if not name or not equals or files.count(":") != 1:
-                raise ValueError(f"--texts has {text!r}; legal: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl files")
+            text_files(text)
 
     def _check_installed(self) -> None:
         modules = {"figures": "matplotlib"} | ({"the harness suite": "lm_eval"} if "harness" in self.suite else {})
@@ -96,3 +98,19 @@ class Settings:
         for field, value in given.items():
             if not pathlib.Path(value).exists():
                 raise ValueError(f"--{field} is {value!r}, which is not there; it is {SOURCES[field]}")
+
+
+def text_files(text: str) -> tuple[str, pathlib.Path, pathlib.Path]:
+    """Name and files of NAME=TRAIN:TEST. ValueError for another form, and where two files are not there.
+
+    A path may hold colons: the one is meant that has a file on each side.
+    """
+    name, _, files = text.partition("=")
+    pairs = [(files[:at], files[at + 1 :]) for at in range(len(files)) if files[at] == ":"]
+    legal = "legal: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl files"
+    if not name or not pairs:
+        raise ValueError(f"--texts has {text!r}; {legal}")
+    for train, test in pairs:
+        if paths.absolute(train).is_file() and paths.absolute(test).is_file():
+            return name, paths.absolute(train), paths.absolute(test)
+    raise ValueError(f"--texts has {text!r}, of whose files one or both are not there; {legal}")
