@@ -8,7 +8,6 @@ trained, killed after a checkpoint, and trained on. What the two lives wrote say
 """
 
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
@@ -24,6 +23,7 @@ from launch.gpu import report, suite, tables
 from launch.gpu.bundle import read as bundles
 from launch.gpu.bundle import wheels
 from launch.gpu.jobs import sources
+from mosaics_jax import history
 
 _JOB = flags.DEFINE_enum("job", "train", ["train", "claims"], "what to run")
 _OUTPUT = command.define_path("output", None, "directory of the results; $OUT where it is set, or docs/results/gpu")
@@ -120,10 +120,7 @@ def _train_steps(work: pathlib.Path) -> list[Step]:
 
 def _metrics(work: pathlib.Path) -> list[dict[str, Any]]:
     path = work / "run" / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    return history.records(path) if path.is_file() else []
 
 
 def _read_train(work: pathlib.Path) -> list[dict[str, Any]]:
@@ -191,8 +188,7 @@ def _read_claims(work: pathlib.Path) -> list[dict[str, Any]]:
     texts = [path.read_text(encoding="utf-8") for path in sorted(place.glob("*.md"))]
     records: list[dict[str, Any]] = [{"kind": "text", "text": text} for text in texts]
     for path in sorted(place.glob("runs/**/metrics.jsonl")):
-        steps = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
-        trained = [record for record in steps if record["kind"] == "train"]
+        trained = [record for record in history.records(path) if record["kind"] == "train"]
         if trained:
             name, last = str(path.parent.relative_to(place / "runs")), trained[-1]
             shown = f"step {last['step']}, loss {last['loss']:.4f}, {last['tokens_per_second']:,.0f} tokens/s"
