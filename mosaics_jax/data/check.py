@@ -180,7 +180,8 @@ def files_read(manifest: Manifest) -> list[str]:
     lines = [f"read {number}: {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(8))}"]
     why = Counter((pathlib.Path(one["path"]).suffix, one["left_out"]) for one in found if "left_out" in one)
     for (suffix, reason), count in why.most_common(8):
-        lines.append(f"left out: {count:,} {suffix or 'without a suffix'}, because each {reason}")
+        which = "it" if count == 1 else "each"
+        lines.append(f"left out: {count:,} {suffix or 'without a suffix'}, because {which} {reason}")
     if len(why) > 8:
         lines.append(f"left out: {why.total() - sum(count for _, count in why.most_common(8)):,} others")
     return [*lines, f"{path} lists each file"] if why else lines
