@@ -75,8 +75,8 @@ def other_rule(share: float, documents: dict[str, int], size: int, hashes: tuple
     least, greatest = hashes
     if sum(documents.values()) == 1 and size > 1:
         cut = min(max(1, round(size * (1 - share))), size - 1)
-        share = f"about {1 - cut / size:.1%} is held out"
-        return Rule(0, cut), f"there is one document: it is cut in two, at a line end if it has one, so that {share}"
+        so = f"so that about {1 - cut / size:.1%} is held out"
+        return Rule(0, cut), f"there is one document: it is cut in two, at a line end if it has one, {so}"
     if least == greatest:
         return None
     at = f"by their hash at valid_fraction {share}"
