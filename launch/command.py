@@ -12,15 +12,13 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
-from mosaics_jax import paths
+from mosaics_jax import environment, paths
 
 # What a config, or an override of one, is refused with: by absl, ml_collections and the parser of Python's literals.
 _REFUSALS = (
     AttributeError, KeyError, MemoryError, OSError, OverflowError, RecursionError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
 _MOST_SHOWN = 4000
-# What the environment tells JAX about all random numbers and types.
-_NUMBERS = ("JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE", "JAX_NUMPY_DTYPE_PROMOTION")
 
 
 class _Outlasting(io.FileIO):
@@ -81,9 +79,8 @@ def run(main: Callable[..., None], argument: str = "") -> None:
             sys.exit(1)
 
     sys.stdout, sys.stderr = _outlasting(sys.stdout), _outlasting(sys.stderr)
-    for name in _NUMBERS:
-        if os.environ.pop(name, None):
-            print(f"{name} is set, and not heeded: the numbers of a run depend on its config alone", file=sys.stderr)
+    for name in environment.forget():
+        print(f"{name} is set, and not heeded: the numbers of a run depend on its config alone", file=sys.stderr)
     # JAX lists the accelerators that are not there; a run says what it runs on.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     app.run(guarded, flags_parser=functools.partial(parse, argument=argument))
@@ -123,17 +120,20 @@ def _with_config_as_read(argv: Sequence[str]) -> list[str]:
     words = list(argv)
     for place, word in enumerate(words):
         flag, equals, text = word.partition("=")
-        if flag.lstrip("-") != "config" or not 1 <= len(flag) - len("config") <= 2:
+        if flag not in ("-config", "--config"):
             continue
         if not equals:
             if place + 1 == len(words):
                 break
             place, flag, text = place + 1, "", words[place + 1]
         ends = [len(text), *(at for at in reversed(range(len(text))) if text[at] == ":")]
-        end = next((end for end in ends if paths.absolute(text[:end]).is_file()), None)
-        if end is None:
+        try:
+            files = [(paths.absolute(text[:end]), text[end:]) for end in ends]
+        except ValueError as error:
+            _fail(f"--config: {error}")
+        path, argument = next((found for found in files if found[0].is_file()), (None, ""))
+        if path is None:
             _fail(f"no config file {text!r}; the shipped ones are in configs/")
-        path, argument = paths.absolute(text[:end]), text[end:]
         if ":" in path.name:
             _fail(f"--config is {text!r}; legal: a file that has no colon in its own name")
         folder = paths.Plain(path.parent, re.compile(":")).path  # open as long as this process is

@@ -17,7 +17,6 @@ from absl import flags
 from tqdm import tqdm
 
 from launch import command
-from mosaics_jax.data.bpe import LEARNING, READING, TIMING
 
 if TYPE_CHECKING:
     from mosaics_jax.data.workplace import Progress
@@ -111,10 +110,10 @@ class _Shown:
         if state.pass_ != self._pass:
             self.close()
             self._pass, self._began, self._next = state.pass_, now, now + 1
-            unit = {"tokenizing": "B", READING: "B", TIMING: "s", LEARNING: "s"}.get(state.pass_, "tok")
             self._bar = tqdm(
-                total=state.total or None, desc=state.pass_, unit=unit, unit_scale=True, disable=not sys.stderr.isatty()
-            )
+                total=state.total or None, desc=state.pass_, unit=state.unit, unit_scale=True,
+                disable=not sys.stderr.isatty(),
+            )  # fmt: skip
         assert self._bar is not None
         self._bar.update(done - self._bar.n)
         seconds = max(now - self._began, 1e-3)
@@ -126,7 +125,7 @@ class _Shown:
             if not state.total:
                 print(f"{state.pass_}: {seconds:,.0f} s", flush=True)
                 return
-            left = state.total - done if state.pass_ == LEARNING else seconds * (state.total - done) / done
+            left = state.total - done if state.unit == "s" else seconds * (state.total - done) / done
             said = f"{speed}, " if state.tokens else ""
             print(f"{state.pass_}: {done / state.total:.1%}, {said}{left:,.0f} s left", flush=True)
 

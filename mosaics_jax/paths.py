@@ -39,12 +39,11 @@ class Plain:
     @property
     def path(self) -> pathlib.Path:
         """The folder itself where its name can be read in one way only. ValueError where there is no other name."""
-        if not self._misread.search(str(self._folder)):
+        found = self._misread.search(str(self._folder))
+        if not found:
             return self._folder
         if self._handle < 0:
             if not os.path.isdir("/proc/self/fd"):
-                found = self._misread.search(str(self._folder))
-                assert found
                 raise ValueError(f"the path {str(self._folder)!r} has a {found[0]!r}, which a library misreads here")
             self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return pathlib.Path(f"/proc/self/fd/{self._handle}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mosaics_jax import compilation, lock, metrics, paths, processes, sharding
+from mosaics_jax import compilation, environment, lock, metrics, paths, processes, sharding
 from mosaics_jax.checkpoint import Checkpoints, SaveFailed
 from mosaics_jax.config import Config
 from mosaics_jax.data.corpora import Corpora
@@ -20,14 +20,6 @@ from mosaics_jax.watchdog import Watchdog
 
 __all__ = ["SaveFailed", "TrainingStopped", "train"]
 
-# The settings of JAX that change the numbers of a run, and those under which all its lives are computed.
-_NUMBERS = {
-    "jax_enable_x64": False,
-    "jax_default_prng_impl": "threefry2x32",
-    "jax_threefry_partitionable": True,
-    "jax_numpy_dtype_promotion": "standard",
-}
-
 
 def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = False) -> dict[str, Any] | None:
     """Trains until `run.steps`, resuming whatever `workdir` holds; returns the last evaluation.
@@ -38,9 +30,7 @@ def train(config: Config, workdir: str | pathlib.Path, accept_new_data: bool = F
     where a checkpoint could not be written, and processes.Missing.
     """
     workdir = paths.absolute(workdir)
-    for name, legal in _NUMBERS.items():
-        if (found := getattr(jax.config, name)) != legal:
-            raise ValueError(f"JAX is set to {name}={found}; legal: {legal}, under which a run has the same numbers")
+    environment.check()
     corpora = Corpora(config.data)  # all is checked before anything is made
     if corpora.vocabulary > config.model.vocabulary:
         raise ValueError(

@@ -13,7 +13,14 @@ PACKAGES = ("mosaics_jax", "pallas_kernels", "configs", "launch")
 
 # The floors of the house, lowest first. A module imports from its own floor's folder or from floors below.
 FLOORS = [
-    {"mosaics_jax", "mosaics_jax.dims", "mosaics_jax.lock", "mosaics_jax.paths", "mosaics_jax.schedulers"},
+    {
+        "mosaics_jax",
+        "mosaics_jax.dims",
+        "mosaics_jax.environment",
+        "mosaics_jax.lock",
+        "mosaics_jax.paths",
+        "mosaics_jax.schedulers",
+    },
     {"mosaics_jax.config"},
     {
         "configs",

@@ -176,7 +176,12 @@ def test_a_config_file_lies_in_a_folder_of_any_name(name, argument, joined, tmp_
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("nowhere.py", "no config file 'nowhere.py'"), ("", "no config file ''"), ("~/a:b/c:d.py", "no colon in its own")],
+    [
+        ("nowhere.py", "no config file 'nowhere.py'"),
+        ("", "no config file ''"),
+        ("~/a:b/c:d.py", "no colon in its own"),
+        ("~nobody-of-that-name/a.py", "names the home of nobody"),
+    ],
 )
 def test_a_config_file_that_cannot_be_read_is_named(given, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.gpu import tables
 from launch.gpu.bundle import read as bundles
+from mosaics_jax import paths
 from mosaics_jax.data.corpus import write_whole
 
 _SHOWN = 30  # failures printed; the table has them all
@@ -68,7 +69,7 @@ def begun(job: str, sources: str, carried: bundles.Bundle, dry: bool) -> Results
 
 def folder(given: str | None) -> pathlib.Path:
     """Where results go: what is given, $OUT, or the project's own place."""
-    return pathlib.Path(given or os.environ.get("OUT") or RESULTS).expanduser().absolute()
+    return paths.absolute(given or os.environ.get("OUT") or RESULTS)
 
 
 def conclude(page: "Report") -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from mosaics_jax.data import files
 from mosaics_jax.data.corpora import PACKINGS
 from mosaics_jax.data.corpus import AGAIN, FILES, SKIPPED, Manifest, Shard, Split, checksums, length_counts
-from mosaics_jax.data.files import COMPRESSIONS
+from mosaics_jax.data.inputs import suffixes
 from mosaics_jax.data.packing import BestFitRows
 from mosaics_jax.data.source import fields
 from mosaics_jax.data.tokenizer import Tokenizer, continuation, load_tokenizer
@@ -174,9 +174,8 @@ def files_read(manifest: Manifest) -> list[str]:
     if not path.exists():
         return []
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    read = [pathlib.Path(one["path"]) for one in found if "read" in one]
     kinds = Counter(_kind(pathlib.Path(one["path"]), one["read"]) for one in found if "read" in one)
-    number = f"{len(read):,} file{'s' if len(read) != 1 else ''}"
+    number = f"{kinds.total():,} file{'s' if kinds.total() != 1 else ''}"
     lines = [f"read {number}: {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(8))}"]
     why = Counter((pathlib.Path(one["path"]).suffix, one["left_out"]) for one in found if "left_out" in one)
     for (suffix, reason), count in why.most_common(8):
@@ -188,8 +187,9 @@ def files_read(manifest: Manifest) -> list[str]:
 
 
 def _kind(path: pathlib.Path, read: str) -> str:
-    named, kind = "".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix, f"as {read}"
-    return f"{named} as records" if read == "jsonl" and ".json" in path.suffixes else named or kind
+    suffix, compression = suffixes(path)
+    named = f"{suffix}{compression}"
+    return f"{named} as records" if read == "jsonl" and suffix == ".json" else named or f"as {read}"
 
 
 def skipped_records(manifest: Manifest) -> list[str]:

@@ -19,7 +19,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 from mosaics_jax import paths
-from mosaics_jax.data.corpus import FILES, MANIFEST, SKIPPED, SPLITS, Manifest, write_whole
+from mosaics_jax.data.bpe import READING
+from mosaics_jax.data.corpus import FILES, MANIFEST, SKIPPED, SPLITS, Manifest, Split, write_whole
 from mosaics_jax.data.documents import Broken, read_parts
 from mosaics_jax.data.inputs import PYTHON_CORPUS, Found, Unit, find_units
 from mosaics_jax.data.pool import Pool
@@ -68,24 +69,15 @@ def prepare(
       progress: called now and then.
 
     Raises:
-      ValueError: an input cannot be read, an argument is out of range, a split would be empty, the disk refuses,
-        `output` is not empty, or another run is writing it.
+      ValueError: an input cannot be read, an argument is out of range, the documents cannot be divided, the disk
+        refuses, `output` is not empty, or another run is writing it.
     """
     settings = Settings(tokenizer, valid_fraction, shard_tokens, max_bytes, text_field, record_format, shuffle_seed)
     _check(settings, skip_bad_records, workers)
     found = find_units(inputs, tfds_dir, text_field)
     target = paths.absolute(output)
-    reading, note = settings.reading, ""
     with workplace(target, settings) as partial:
-        while True:
-            made = _tokenizer(partial, settings, reading, found.units, progress)
-            with Pool(workers, partial / "tokenizer") as pool:
-                stages = _stages(pool, found.units, partial / "stages", settings, reading, skip_bad_records, progress)
-                if other := _other_reading(stages, settings, reading):
-                    reading, note = other
-                    continue
-                splits = write_splits(pool, stages, partial, settings, token_type(made), progress)
-            break
+        made, stages, splits, note = _passes(partial, settings, found.units, skip_bad_records, workers, progress)
         _list_files(found, len(stages), partial)
         manifest = Manifest(
             directory=partial, dtype=token_type(made).name, vocabulary=made.vocabulary, begin=made.begin, end=made.end,
@@ -123,6 +115,22 @@ def _check(settings: Settings, skip_bad_records: int, workers: int) -> None:
         raise ValueError(f"record_format is {settings.record_format!r}; legal: {', '.join(RECORD_FORMATS)}")
 
 
+def _passes(
+    partial: pathlib.Path, settings: Settings, units: list[list[Unit]], most_broken: int, workers: int,
+    progress: Callable[[Progress], None],
+) -> tuple[Tokenizer, list[Stage], dict[str, Split], str]:  # fmt: skip
+    """Both passes, the first again by another rule where it leaves a split empty; and what to say of that, or ""."""
+    reading, note = settings.reading, ""
+    while True:
+        made = _tokenizer(partial, settings, reading, units, progress)
+        with Pool(workers, partial / "tokenizer") as pool:
+            stages = _stages(pool, units, partial / "stages", settings, reading, most_broken, progress)
+            other = _other_reading(stages, settings, reading)
+            if other is None:
+                return made, stages, write_splits(pool, stages, partial, settings, token_type(made), progress), note
+        reading, note = other
+
+
 def _tokenizer(
     partial: pathlib.Path, settings: Settings, reading: Reading, units: list[list[Unit]],
     progress: Callable[[Progress], None],
@@ -130,7 +138,7 @@ def _tokenizer(
     """Makes the tokenizer, also when a run goes on: stages of another are not taken for its own."""
 
     def report(what: str, done: int, total: int) -> None:
-        progress(Progress(what, done, total, 0))
+        progress(Progress(what, "B" if what == READING else "s", done, total, 0))
 
     made = make_tokenizer(settings.tokenizer, _training_texts(units, settings.max_bytes, reading), report)
     shutil.rmtree(partial / "tokenizer", ignore_errors=True)
@@ -180,7 +188,7 @@ def _stages(
     limit = settings.max_bytes
 
     def report(tokens: int, size: int) -> None:
-        progress(Progress("tokenizing", size, total, tokens))
+        progress(Progress("tokenizing", "B", size, total, tokens))
 
     tasks = [(unit, folder, reading, most_broken, limit) for _, unit in flat]
     stages: list[Stage] = []

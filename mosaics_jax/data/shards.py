@@ -74,7 +74,7 @@ def write_splits(
         layout = Layout(name, stages, count, settings.shuffle_seed, dtype)
 
         def report(done: int, _: int, name: str = name, tokens: int = tokens) -> None:
-            progress(Progress(f"writing {name}", done, tokens, done))
+            progress(Progress(f"writing {name}", "tok", done, tokens, done))
 
         pool.share(layout)
         tasks = [(number, folder) for number in range(count)]

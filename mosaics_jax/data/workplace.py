@@ -37,9 +37,10 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What `prepare` says while it works: `done` of `total` bytes of input, or tokens of shards, and tokens so far."""
+    """What `prepare` says while it works: `done` of `total` (0: not known) in `unit` (B, tok, s), and tokens so far."""
 
     pass_: str
+    unit: str
     done: int
     total: int
     tokens: int

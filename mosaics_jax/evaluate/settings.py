@@ -106,11 +106,12 @@ def text_files(text: str) -> tuple[str, pathlib.Path, pathlib.Path]:
     A path may hold colons: the one is meant that has a file on each side.
     """
     name, _, files = text.partition("=")
-    pairs = [(files[:at], files[at + 1 :]) for at in range(len(files)) if files[at] == ":"]
+    halves = [(files[:at], files[at + 1 :]) for at in range(len(files)) if files[at] == ":"]
+    pairs = [(paths.absolute(train), paths.absolute(test)) for train, test in halves]
     legal = "legal: NAME=TRAIN:TEST, two .csv, .tsv or .jsonl files"
     if not name or not pairs:
         raise ValueError(f"--texts has {text!r}; {legal}")
     for train, test in pairs:
-        if paths.absolute(train).is_file() and paths.absolute(test).is_file():
-            return name, paths.absolute(train), paths.absolute(test)
+        if train.is_file() and test.is_file():
+            return name, train, test
     raise ValueError(f"--texts has {text!r}, of whose files one or both are not there; {legal}")
