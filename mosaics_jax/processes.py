@@ -4,21 +4,22 @@ After `connect`, jax sees the devices of all processes.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
-import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import distributed
 
+from mosaics_jax import addresses, meeting
 from mosaics_jax.config import MeshConfig
 from mosaics_jax.schedulers import Place, from_environment
 
 _PROXIES = ("grpc_proxy", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
-_GRACE = 20  # seconds that process 0 may have started later, and so wait longer for the rest
 
 _patience = 300  # seconds in which all must come to a meeting; `connect` sets it
 _meetings = itertools.count()  # all processes hold the same ones in the same order
@@ -36,23 +37,31 @@ def connect(given: Place | None, wait: int, heartbeat: int) -> None:
       heartbeat: seconds after which a silent process is taken for dead, and every other ends, naming it.
 
     Raises:
-      ValueError: processes are missing, and which; or they disagree on their number.
+      ValueError: processes are missing, and which; or they disagree on their number; or the port cannot be had.
+      OSError: jax could not start the service by which it connects them.
     """
     place = given or from_environment(wait)
     if place is None or place.processes == 1:
         return
-    deadline = time.monotonic() + wait
-    host = _report(place, deadline, wait) if place.process else _gather(place, deadline, wait)
-    _pass_proxies(host)
-    global _patience
-    _patience = wait
-    # The numeric address at which process 0 was met: gRPC, by which jax speaks with it, looks names up by other means.
-    port = place.coordinator.rpartition(":")[2]
-    jax.distributed.initialize(
-        f"[{host}]:{port}" if ":" in host else f"{host}:{port}", place.processes, place.process, place.local_devices,
-        coordinator_bind_address=f"[::]:{port}", initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat,
-        shutdown_timeout_seconds=wait,
-    )  # fmt: skip
+    with contextlib.ExitStack() as held:
+        # Numeric addresses: gRPC, by which jax speaks with process 0, looks names up by other means.
+        host = bind = ""
+        if place.process:
+            host = bind = meeting.report(place, wait)
+        else:
+            host, bind = held.enter_context(meeting.gather(place, wait))
+        _pass_proxies(host)
+        global _patience
+        _patience = wait
+        _, port = addresses.split(place.coordinator, "the coordinator")
+        try:
+            jax.distributed.initialize(
+                addresses.join(host, port), place.processes, place.process, place.local_devices,
+                coordinator_bind_address=addresses.join(bind, port), initialization_timeout=wait,
+                heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=wait,
+            )  # fmt: skip
+        except jax.errors.JaxRuntimeError as error:
+            raise OSError(f"jax could not connect the processes at {addresses.join(bind, port)} ({error})") from error
 
 
 def _pass_proxies(host: str) -> None:
@@ -101,7 +110,7 @@ def exchange(text: str, what: str) -> list[str]:
     deadline = time.monotonic() + _patience
     if me:
         client.key_value_set(f"{key}/{me}", json.dumps(text))
-        answer = _told(client, f"{key}/all", deadline + _GRACE)
+        answer = _told(client, f"{key}/all", deadline + meeting.GRACE)
     else:
         said = [json.dumps(text)] + [_told(client, f"{key}/{process}", deadline) for process in range(1, count)]
         missing = [process for process, one in enumerate(said) if one is None]
@@ -109,7 +118,7 @@ def exchange(text: str, what: str) -> list[str]:
         client.key_value_set(f"{key}/all", answer)
     found = [0] if answer is None else json.loads(answer)
     if isinstance(found, list):
-        raise Missing(f"{_numbers(found)} did not come to {what!r} within {_patience} s; look at their logs")
+        raise Missing(f"{meeting.numbers(found)} did not come to {what!r} within {_patience} s; look at their logs")
     return [json.loads(one) for one in found["said"]]
 
 
@@ -121,6 +130,53 @@ def barrier(what: str) -> None:
 def agree(problem: str, what: str) -> str:
     """The first problem that any process has, the same for all; "" where none has one."""
     return next(filter(None, exchange(problem, what)), "")
+
+
+def first(action: Callable[[], None], what: str) -> None:
+    """Has process 0 do something; where that raises a ValueError or an OSError, all raise it. All call this."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            if alone():
+                raise
+            problem = f"{OSError.__name__ if isinstance(error, OSError) else ValueError.__name__} {error}"
+    if problem := agree(problem, what):
+        kind, _, text = problem.partition(" ")
+        raise OSError(text) if kind == OSError.__name__ else ValueError(text)
+
+
+def same(fields: dict[str, str], what: str) -> None:
+    """Raises the same ValueError on all processes where one has another text in a field than process 0. All call this.
+
+    They compare a digest; the fields themselves come from process 0 and the first that differs alone.
+    """
+    digests = exchange(hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest(), what)
+    differing = [process for process, digest in enumerate(digests) if digest != digests[0]]
+    if not differing:
+        return
+    asked = jax.process_index() in (0, differing[0])
+    said = exchange(json.dumps(fields) if asked else "", f"what differs in {what}")
+    ours, theirs = json.loads(said[0]), json.loads(said[differing[0]])
+    names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
+    counts = [f"{len(names)} fields"] * (len(names) > 1) + [f"{len(differing)} processes"] * (len(differing) > 1)
+    mine, other = _where_they_differ(ours.get(names[0], "nothing"), theirs.get(names[0], "nothing"))
+    raise ValueError(
+        f"process {differing[0]} differs from process 0 in {names[0]}: {other}, not {mine}"
+        f"{' (in all ' + ' and '.join(counts) + ' differ)' if counts else ''}; start all with the same command"
+    )
+
+
+def _where_they_differ(one: str, other: str, most: int = 100) -> tuple[str, str]:
+    """Both texts, of long ones what lies around the first letter that differs."""
+    pairs = enumerate(itertools.zip_longest(one, other))
+    begin = max(0, next((at for at, (mine, theirs) in pairs if mine != theirs), 0) - most // 2)
+    shown = [
+        ("..." if begin else "") + text[begin : begin + most] + ("..." if len(text) > begin + most else "")
+        for text in (one, other)
+    ]
+    return shown[0], shown[1]
 
 
 def roll_call(seconds: float = 5.0) -> str:
@@ -135,7 +191,9 @@ def roll_call(seconds: float = 5.0) -> str:
         client.key_value_set(f"mosaics/looked/{jax.process_index()}", "yes")
     except jax.errors.JaxRuntimeError:  # the service that holds the keys is process 0's
         return "process 0 has ended; look at its log first: if another process ended before it, it is named there"
-    return f"{_numbers(missing)} did not answer within {seconds:.0f} s; look at their logs first" if missing else ""
+    return (
+        f"{meeting.numbers(missing)} did not answer within {seconds:.0f} s; look at their logs first" if missing else ""
+    )
 
 
 def stay_for_the_roll(seconds: float = 5.0) -> None:
@@ -163,81 +221,3 @@ def _told(client: Any, key: str, deadline: float) -> str | None:
         if "DEADLINE_EXCEEDED" in str(error):
             return None
         raise
-
-
-def _gather(place: Place, deadline: float, wait: int) -> str:
-    """Process 0 waits until all have reported, and tells them so, or who is missing. Returns its own address.
-
-    jax alone would end the process from C++ code, without a word on who did not come.
-    """
-    port = int(place.coordinator.rpartition(":")[2])
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    came: dict[int, socket.socket] = {}
-    problem = ""
-    with socket.create_server(("", port), family=family, backlog=place.processes, dualstack_ipv6=dual) as server:
-        while len(came) < place.processes - 1 and not problem:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connection, _ = server.accept()
-            except TimeoutError:
-                missing = sorted(set(range(1, place.processes)) - set(came))
-                problem = f"{_numbers(missing)} did not come within {wait} s; look at their logs, or raise --wait"
-                break
-            process, processes = _hello(connection)
-            if processes is None:  # somebody else's connection
-                connection.close()
-            elif processes != place.processes:
-                problem = f"process {process} was started for {processes} processes, process 0 for {place.processes}"
-                came[-1] = connection
-            elif process in came or process == 0:
-                problem = f"two processes have number {process}"
-                came[-1] = connection
-            else:
-                came[process] = connection
-        for connection in came.values():
-            with connection:
-                connection.sendall(f"{problem}\n".encode())
-    if problem:
-        raise ValueError(problem)
-    return "127.0.0.1"
-
-
-def _hello(connection: socket.socket) -> tuple[int, int | None]:
-    connection.settimeout(5)
-    try:
-        process, processes = map(int, connection.makefile().readline().split())
-    except (OSError, ValueError):
-        return 0, None
-    return process, processes
-
-
-def _report(place: Place, deadline: float, wait: int) -> str:
-    """Tells process 0 that this one has come, and waits for its word. Returns the address at which it was."""
-    host, _, port = place.coordinator.rpartition(":")
-    while True:
-        left = max(0.01, deadline - time.monotonic())
-        try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
-                address: str = connection.getpeername()[0]
-                connection.settimeout(left + _GRACE)
-                connection.sendall(f"{place.process} {place.processes}\n".encode())
-                answer = connection.makefile().readline()
-            if not answer.endswith("\n"):
-                raise ConnectionError("no answer")
-            break
-        except OSError as error:
-            if time.monotonic() + 0.2 > deadline:
-                raise ValueError(
-                    f"process 0 was not at {place.coordinator} within {wait} s ({error}); is it running, and is that "
-                    "its address as seen from here (--coordinator)?"
-                ) from error
-            time.sleep(0.2)
-    if answer.strip():
-        raise ValueError(answer.strip())
-    return address
-
-
-def _numbers(missing: list[int]) -> str:
-    shown = ", ".join(map(str, missing[:20])) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-    return f"process{'es' if len(missing) > 1 else ''} {shown}"

@@ -1,5 +1,6 @@
 """Runs of several processes: they train as one does, resume as any number, stop together, and say who is missing."""
 
+import errno
 import json
 import os
 import pathlib
@@ -24,9 +25,9 @@ def _port():
         return free.getsockname()[1]
 
 
-def _start(config, workdir, count, only=None, wait=200, heartbeat=10, devices=1):
+def _start(config, workdir, count, only=None, wait=200, heartbeat=10, devices=1, port=None):
     """`count` training processes, or the ones named; their output goes to files beside the workdir."""
-    port, started = _port(), []
+    port, started = port or _port(), []
     for process in range(count) if only is None else only:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         command = [
@@ -207,31 +208,58 @@ import socket, sys
 real = socket.getaddrinfo
 socket.getaddrinfo = lambda host, *rest, **more: real("127.0.0.1" if host == "node" else host, *rest, **more)
 from mosaics_jax import processes, schedulers
-me = int(sys.argv[2])
-processes.connect(schedulers.Place(f"node:{sys.argv[1]}", 2, me, []), 60, 100)
+host, port, me = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+processes.connect(schedulers.Place(f"{host}:{port}", 2, me, []), 60, 100)
 print(processes.exchange(f"I am {me}", "test"))
+elsewhere = socket.socket()
+print(elsewhere.connect_ex(("127.0.0.1", port)), socket.socket().connect_ex(("127.0.0.2", port)))
+processes.same({"data.seed": "0"}, "test")
+try:
+    processes.same({"data.seed": str(me)}, "test")
+except ValueError as error:
+    print(error)
+processes.barrier("end")
 """
 
 
+def _meet(host, environment, port):
+    started = []
+    for me in ("0", "1"):
+        command = [sys.executable, "-c", _MEET, host, str(port), me]
+        more = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, **more))
+    return [process.communicate(timeout=PATIENCE) for process in started]
+
+
 @pytest.mark.slow
-def test_processes_meet_where_jax_alone_would_not(tmp_path):
-    """Behind a web proxy that answers nobody, at a name that gRPC cannot look up, told to listen at another address."""
+@pytest.mark.parametrize(("host", "secret"), [("node", None), ("localhost", "kumquat-7f3a9d51-zeppelin")])
+def test_processes_meet_where_jax_alone_would_not(host, secret):
+    """Behind a web proxy that answers nobody, at a name that gRPC cannot look up, told to listen at another address.
+
+    jax's service is reached at the one address at which they met, and they say the same of what differs.
+    """
     proxy = f"http://127.0.0.1:{_port()}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_BIND_ADDRESS": "192.0.2.1:1"}
     environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "grpc_proxy"), proxy)
-    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy", "MOSAICS_SECRET"):
         environment.pop(name, None)
-    port, started = str(_port()), []
-    for me in ("0", "1"):
-        command = [sys.executable, "-c", _MEET, port, me]
-        started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    for process in started:
-        said, errors = process.communicate(timeout=PATIENCE)
-        assert said == "['I am 0', 'I am 1']\n", errors
+    if secret:
+        environment["MOSAICS_SECRET"] = secret
+    for said, errors in _meet(host, environment, _port()):
+        assert said.splitlines() == [
+            "['I am 0', 'I am 1']", f"0 {errno.ECONNREFUSED}",
+            "process 1 differs from process 0 in data.seed: 1, not 0; start all with the same command",
+        ], errors  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_port_that_is_taken_is_one_line(corpus, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        (process,) = _start(_config(corpus), tmp_path / "run", 2, only=[0], port=other.getsockname()[1])
+        assert _finish([process]) == [2]
+    (line,) = _log(tmp_path / "run", 0).splitlines()
+    assert re.match(r"error: process 0 cannot listen at port \d+ \(Address already in use\); set another", line)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""How processes find each other, what is refused, and the roll that names who is missing."""
+"""What several processes compare and refuse, and the roll that names who is missing."""
 
 import os
+import re
+import threading
 
 import jax
 import pytest
@@ -34,6 +36,63 @@ def test_other_processes_or_devices_than_the_config_says_are_refused():
         processes.check_devices(MeshConfig(processes=4))
     with pytest.raises(ValueError, match=r"mesh.devices_per_process is 8, but process 0 has 1 .*CUDA_VISIBLE_DEVICES"):
         processes.check_devices(MeshConfig(devices_per_process=8))
+
+
+def _same(monkeypatch, *fields):
+    """What `same` says to each process, called by all at once."""
+    here, turn, said, found = threading.local(), threading.Barrier(len(fields)), {}, {}
+
+    def exchange(text, what):
+        said[here.me] = text
+        turn.wait(10)
+        everything = [said[process] for process in range(len(fields))]
+        turn.wait(10)
+        return everything
+
+    def call(me):
+        here.me = me
+        try:
+            processes.same(fields[me], "test")
+            found[me] = ""
+        except ValueError as error:
+            found[me] = str(error)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "exchange", exchange)
+        patch.setattr(processes.jax, "process_index", lambda: here.me)
+        threads = [threading.Thread(target=call, args=(me,)) for me in range(len(fields))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    (message,) = {found[me] for me in range(len(fields))}  # the same on all
+    return message
+
+
+def test_processes_started_with_other_settings_are_named(monkeypatch):
+    one, two = {"data.seed": "0", "code": "a"}, {"data.seed": "1", "code": "a"}
+    end = "; start all with the same command"
+    assert _same(monkeypatch, one, dict(reversed(one.items())), dict(one)) == ""
+    assert _same(monkeypatch, one, one, one, two) == f"process 3 differs from process 0 in data.seed: 1, not 0{end}"
+    assert _same(monkeypatch, two, one, one) == (
+        f"process 1 differs from process 0 in data.seed: 0, not 1 (in all 2 processes differ){end}"
+    )
+    assert _same(monkeypatch, one, two | {"code": "b"}) == (
+        f"process 1 differs from process 0 in code: b, not a (in all 2 fields differ){end}"
+    )
+    assert _same(monkeypatch, one, one | {"z": "1"}) == f"process 1 differs from process 0 in z: 1, not nothing{end}"
+    assert _same(monkeypatch, one | {"z": ""}, one) == f"process 1 differs from process 0 in z: nothing, not {end}"
+
+
+def test_of_long_settings_the_part_that_differs_is_shown(monkeypatch):
+    before, after = "a" * 5000, "b" * 5000
+    message = _same(monkeypatch, {"x": f"{before}1{after}"}, {"x": f"{before}2{after}"})
+    assert re.fullmatch(r"process 1 differs .* in x: \.\.\.a+2b+\.\.\., not \.\.\.a+1b+\.\.\.; start all .*", message)
+    assert len(message) < 350
+
+
+def test_alone_nothing_differs():
+    processes.same({"x": "1"}, "test")
 
 
 # The roll, which is called after a failure.
