@@ -4,11 +4,10 @@ python -m launch.train --config=configs/tiny.py --workdir=runs/tiny --config.dat
 """
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -30,8 +29,8 @@ _ACCEPT_NEW_DATA = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where no scheduler tells")
 _PROCESSES = flags.DEFINE_integer("processes", None, "processes of the run, where no scheduler tells")
 _PROCESS = flags.DEFINE_integer("process", None, "the number of this one, from 0, where no scheduler tells")
-_WAIT = flags.DEFINE_integer("wait", 300, "seconds in which all processes must have come")
-_HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent process is taken for dead")
+_WAIT = flags.DEFINE_integer("wait", 300, "seconds in which all processes must have come", 1, 86_400)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "seconds after which a silent process is taken for dead", 1, 86_400)
 
 # Exit codes; the same command goes on after each but STOPPED and 2, for which somebody must look (launch/README.md).
 FAILED = 1
@@ -46,25 +45,31 @@ def main() -> None:
     if _CONFIG.value is None:
         raise ValueError("--config is not set; legal: a config file, such as configs/tiny.py")
     config = config_lib.Config.from_config_dict(_CONFIG.value)
+    from mosaics_jax import schedulers
     from mosaics_jax.processes import Missing, alone, connect, roll_call, stay_for_the_roll
     from mosaics_jax.train import SaveFailed, TrainingStopped, train  # after the flags: a typo is answered before JAX
 
-    connect(_place(), _WAIT.value, _HEARTBEAT.value)
+    place = schedulers.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    connect(place, _WAIT.value, _HEARTBEAT.value)
     try:
         finished = train(config, _WORKDIR.value, _ACCEPT_NEW_DATA.value) is not None
     except TrainingStopped as error:
-        _leave(STOPPED, f"stopped: {error}")
+        _leave(STOPPED, f"stopped: {_line(error)}")
     except (SaveFailed, Missing, OSError) as error:
-        _leave(FAILED, f"failed: {error}")
+        _leave(FAILED, f"failed: {_line(error)}")
     except Exception as error:
         if alone():
             raise
         if isinstance(error, ValueError):
-            _leave(2, f"error: {' '.join(str(error).split())}")
+            _leave(2, f"error: {_line(error)}")
         message = f"{traceback.format_exc()}failed: {roll_call() or 'all processes answer'}"
         _leave(FAILED, message, stay_for_the_roll)
     if not finished:
         sys.exit(PREEMPTED)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _leave(code: int, message: str, last: Callable[[], None] = lambda: None) -> NoReturn:
@@ -76,24 +81,5 @@ def _leave(code: int, message: str, last: Callable[[], None] = lambda: None) -> 
     os._exit(code)
 
 
-def _place() -> Any:
-    """The place that the flags name, or None."""
-    from mosaics_jax.schedulers import Place
-
-    coordinator, processes, process = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    if coordinator is None and processes is None and process is None:
-        return None
-    if (
-        (coordinator is None or processes is None or process is None)
-        or not re.fullmatch(r".+:\d+", coordinator)
-        or not 0 <= process < processes
-    ):
-        raise ValueError(
-            f"--coordinator is {coordinator}, --processes {processes}, --process {process}; "
-            "legal: HOST:PORT of process 0, the number of processes, and a number below it"
-        )
-    return Place(coordinator, processes, process, [])
-
-
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, goes_on="the same command goes on from the newest checkpoint")

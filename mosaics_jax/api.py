@@ -8,9 +8,9 @@ import ml_collections
 from mosaics_jax import paths
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, load_config
-from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.nn.model import LanguageModel, create, from_values, to_values
-from mosaics_jax.record import read_run_record
+from mosaics_jax.record import tokenizer_of
 
 
 def init(config: ml_collections.ConfigDict | str | pathlib.Path, seed: int) -> LanguageModel:
@@ -23,16 +23,17 @@ def init(config: ml_collections.ConfigDict | str | pathlib.Path, seed: int) -> L
 
 
 def load(workdir: str | pathlib.Path) -> tuple[LanguageModel, Tokenizer]:
-    """The model of a training run's newest checkpoint, and its tokenizer."""
+    """The model of a training run's newest checkpoint, and its tokenizer. Raises ValueError where one is damaged."""
     workdir = paths.absolute(workdir)
-    config = Config.from_dict(read_run_record(workdir).config)
     checkpoints = Checkpoints(workdir)
     try:
         step = checkpoints.chosen(None)
+        record = checkpoints.record(step)  # what these weights were trained with, whatever the workdir says of itself
+        config = Config.from_dict(record.config).model
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.eval_shape(lambda: to_values(LanguageModel(config.model, 0)))
+        shapes = jax.eval_shape(lambda: to_values(LanguageModel(config, 0)))
         here = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes)
         values = checkpoints.params(step, here)
     finally:
         checkpoints.close()
-    return from_values(config.model, values), load_tokenizer(workdir / "tokenizer")
+    return from_values(config, values), tokenizer_of(workdir, record)

@@ -9,6 +9,7 @@ over. `docs/checkpoint.md` describes what lies in one.
 import dataclasses
 import logging
 import pathlib
+import re
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +18,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from mosaics_jax import fingerprint, integrity, paths, processes
+from mosaics_jax import fingerprint, integrity, paths, processes, whole
 from mosaics_jax.config import CheckpointConfig
-from mosaics_jax.record import RunRecord
+from mosaics_jax.record import RECORD, RunRecord
 from mosaics_jax.step import TrainState
 
 COUNTERS = ("step", "skipped", "skipped_in_row", "recent")
+_STEP = re.compile("0|[1-9][0-9]{0,17}")
 _DRAFT = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint that is not committed
 
 
@@ -47,7 +49,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
         """Without `config` the directory is opened for reading only."""
         # Orbax reports every save and every read-only opening in many lines; what fails, it raises.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._workdir, self._config = workdir.absolute(), config
         self._directory = self._workdir / "checkpoints"
         self._plain = paths.Plain(self._directory)
@@ -69,12 +71,18 @@ class Checkpoints:
         """Those on the disk, in order, good or not."""
         if not self._directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        return sorted(
+            int(path.name) for path in self._directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()
+        )
 
     def chosen(self, step: int | None) -> int:
         """`step`, or the newest for None. ValueError where there is none, or not that one."""
         steps = self.steps()
         if not steps:
+            if not (self._workdir / RECORD).exists():
+                raise ValueError(
+                    f"{self._workdir} holds no run (no {RECORD}); python -m launch.train --workdir=DIR makes one"
+                )
             raise ValueError(
                 f"{self._directory.parent} holds no checkpoint yet; the first comes after checkpoint.every steps"
             )
@@ -145,7 +153,23 @@ class Checkpoints:
         return target
 
     def record(self, step: int) -> RunRecord:
-        return RunRecord.from_dict(self._restore(step, record=ocp.args.JsonRestore())["record"])
+        """What the step was saved with. Raises DamagedError, UnreadableError, and ValueError for another version's."""
+        try:
+            # Orbax writes one file; read as any other, so that damage can be told from all else.
+            saved = whole.load_json(self._directory / str(step) / "record" / "metadata")
+            return RunRecord.from_dict(saved)
+        except (OSError, whole.DamagedError) as error:
+            where = self._directory / str(step)
+            raise whole.DamagedError(f"the record of {where} is damaged ({integrity.damage_of(error)})") from error
+
+    def weights_fingerprint(self, step: int) -> str:
+        """sha256 of the fingerprints of the weights: the same for the same weights. Raises as `params`."""
+        directory = self._plain.path / str(step)
+        try:
+            prints = integrity.fingerprints(directory)
+            return whole.digest(prints["params"] if prints else integrity.read(directory / "params", slice(None)))
+        except Exception as error:
+            raise self._unreadable(step, integrity.damage_of(error)) from error
 
     def params(self, step: int, abstract_params: Any) -> Any:
         """The weights, checked. Raises ValueError where the checkpoint is damaged, and UnreadableError."""

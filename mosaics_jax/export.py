@@ -1,10 +1,10 @@
 """Weights to safetensors under the paper's names, and back, bit for bit. `docs/safetensors.md` lists the names."""
 
-import contextlib
 import dataclasses
-import json
+import hashlib
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,55 +15,83 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mosaics_jax import paths
+from mosaics_jax import lock, paths, place, whole
 from mosaics_jax.config import ModelConfig, model_from_dict
+from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.nn.model import LanguageModel, from_values, to_values
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
+_NAMES = {WEIGHTS, CONFIG, TOKENIZER}
+_SHA256 = "weights_sha256"  # the field of config.json that belongs to the weights
 
 # Modules that group parameters in the code and have no part in the paper's names.
 _SILENT = {"key", "value", "bandwidth", "persistent"}
 
 
-def save_safetensors(model: LanguageModel, directory: str | pathlib.Path) -> None:
-    """Writes `directory`/model.safetensors (float32, one tensor for every layer's parameter) and config.json.
+def save_safetensors(
+    model: LanguageModel, directory: str | pathlib.Path, tokenizer: Tokenizer | None = None
+) -> None:  # fmt: skip
+    """Makes the folder `directory`: model.safetensors (float32, one tensor for every layer's parameter), config.json
+    and, where one is given, tokenizer/.
 
-    ValueError where the disk refuses; each file is then whole, the new one or the old.
+    An export that lies there is replaced as a whole. ValueError where something else does, where another process
+    writes there, and where the disk refuses: what was there is there then.
     """
-    directory = paths.absolute(directory)
-    tensors = {name: np.asarray(array) for name, array in _named(to_values(model)).items()}
-    drafts = [directory / f"{name}.tmp" for name in (WEIGHTS, CONFIG)]
+    target = pathlib.Path(os.path.realpath(paths.absolute(directory)))
+    place.check(target, (place.EMPTY, place.EXPORT), "the folder of the export")
+    if target.is_dir() and (others := {path.name for path in target.iterdir()} - _NAMES):
+        raise ValueError(f"{str(target)!r} holds {min(others)!r} too, which a new export would remove; name another")
+    partial = target.with_name(f"{target.name}.partial")
+    draft = partial / "export"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, drafts[0])
-        paths.give_usual_mode(drafts[0])
-        drafts[1].write_text(_config_text(model.config), encoding="utf-8")
-        for draft in drafts:
-            draft.replace(draft.with_suffix(""))
+        partial.mkdir(parents=True, exist_ok=True)
+        with lock.hold(partial / "lock", str(target)):
+            shutil.rmtree(draft, ignore_errors=True)
+            _write(model, draft, tokenizer)
+            place.check(target, (place.EMPTY, place.EXPORT), "the folder of the export")
+            whole.replace_folder(draft, target)
+            shutil.rmtree(partial)
+    except lock.HeldError:
+        raise
     except (OSError, SafetensorError, ValueError) as error:  # a ValueError for what can be no path
-        raise ValueError(f"{str(directory)!r} cannot be written ({_line(error)}); make room or name another") from error
-    finally:
-        for draft in drafts:
-            with contextlib.suppress(OSError, ValueError):
-                draft.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"{str(target)!r} cannot be written ({_line(error)}); make room or name another") from error
+
+
+def _write(model: LanguageModel, folder: pathlib.Path, tokenizer: Tokenizer | None) -> None:
+    folder.mkdir()
+    tensors = {name: np.asarray(array) for name, array in _named(to_values(model)).items()}
+    save_file(tensors, folder / WEIGHTS)
+    paths.give_usual_mode(folder / WEIGHTS)
+    with open(folder / WEIGHTS, "rb") as stream:
+        os.fsync(stream.fileno())
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    whole.write_json(folder / CONFIG, {**dataclasses.asdict(model.config), _SHA256: sha256})
+    if tokenizer is not None:
+        tokenizer.save(folder / TOKENIZER)
 
 
 def load_safetensors(directory: str | pathlib.Path) -> LanguageModel:
-    """The model that `save_safetensors` wrote. ValueError names a missing file, and tensors that are missing, foreign
-    or of another shape or type."""
+    """The model that `save_safetensors` wrote. ValueError names a missing file, one that is damaged, and tensors that
+    are missing, foreign or of another shape or type."""
     directory = paths.absolute(directory)
     for name in (WEIGHTS, CONFIG):
         if not os.path.isfile(directory / name):
             raise ValueError(f"{directory} holds no {name}; an export has {CONFIG} and {WEIGHTS}")
     try:
-        config = model_from_dict(json.loads((directory / CONFIG).read_bytes()))
-    except (OSError, RecursionError, ValueError) as error:
+        fields = whole.read_json(directory / CONFIG)
+        sha256 = fields.pop(_SHA256, None)  # None: of a version that wrote none
+        config = model_from_dict(fields)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{directory / CONFIG} is not the config of an export ({_line(error)})") from error
     try:
         with safe_open(directory / WEIGHTS, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             found = {name: _described(one.get_dtype(), one.get_shape()) for name, one in slices.items()}
             shapes = _checked_shapes(config, found, directory)
+            with open(directory / WEIGHTS, "rb") as stream:
+                if sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+                    raise OSError(f"it is not what {CONFIG} was written beside")
             tensors = {name: file.get_tensor(name) for name in found}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{directory / WEIGHTS} cannot be read ({_line(error)}); export again") from error
@@ -90,10 +118,6 @@ def _line(error: Exception) -> str:
 
 def _described(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype} {tuple(shape)}"
-
-
-def _config_text(config: ModelConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def _public_name(path: tuple[str, ...], layer: int | str = "{l}") -> str:

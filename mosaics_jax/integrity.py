@@ -5,7 +5,6 @@ devices took; docs/checkpoint.md has its form.
 """
 
 import errno
-import json
 import pathlib
 import re
 import zlib
@@ -15,13 +14,13 @@ from typing import Any
 import tensorstore
 from safetensors import SafetensorError
 
-from mosaics_jax import fingerprint, processes
+from mosaics_jax import fingerprint, processes, whole
 
 ARRAYS = ("params", "optimizer", "counters")
 VERIFIED = "verified.json"
 _PIECE = 1 << 24  # bytes of a file that are looked at, at a time
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-_DAMAGE = (ValueError, KeyError, TypeError, EOFError, zlib.error, SafetensorError)
+_DAMAGE = (ValueError, KeyError, TypeError, EOFError, RecursionError, zlib.error, SafetensorError)
 _NO_DAMAGE = re.compile(
     "^(PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN)"
 )
@@ -43,18 +42,34 @@ def prove(directory: pathlib.Path, expected: dict[str, dict[str, int]]) -> str:
     except Exception as error:
         return damage_of(error)
     draft = directory.with_name(f"{directory.name}.removing")  # a life that ends here leaves what the next removes
-    draft.mkdir()
-    (draft / VERIFIED).write_text(json.dumps(marks, indent=1) + "\n", encoding="utf-8")
-    (draft / VERIFIED).replace(directory / VERIFIED)
-    draft.rmdir()
+    try:
+        draft.mkdir()
+        whole.write_json(draft / VERIFIED, marks)
+        (draft / VERIFIED).replace(directory / VERIFIED)
+        whole.keep_names(directory)
+        draft.rmdir()
+    except OSError as error:
+        raise UnreadableError(f"{VERIFIED} cannot be written: {first_line(error)}") from error
     return ""
 
 
 def fingerprints(directory: pathlib.Path) -> dict[str, dict[str, int]] | None:
-    """Those that a verified checkpoint was saved with; None for one that no life came to verify."""
-    if not (directory / VERIFIED).exists():
-        return None
-    return json.loads((directory / VERIFIED).read_text(encoding="utf-8"))["fingerprints"]
+    """Those that a verified checkpoint was saved with; None for one that no life came to verify.
+
+    Raises DamagedError and OSError.
+    """
+    return _marks(directory)["fingerprints"] if (directory / VERIFIED).exists() else None
+
+
+def _marks(directory: pathlib.Path) -> dict[str, Any]:
+    marks = whole.read_json(directory / VERIFIED)
+    prints = marks.get("fingerprints")
+    right = (
+        isinstance(prints, dict) and prints.keys() == set(ARRAYS) and all(isinstance(p, dict) for p in prints.values())
+    )
+    if not right or marks.keys() != {"fingerprints", "files"} or not isinstance(marks["files"], dict):
+        raise whole.DamagedError(f"{VERIFIED} has other fields than it was written with")
+    return marks
 
 
 def differing(expected: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> str:
@@ -77,7 +92,7 @@ def damage(directory: pathlib.Path, part: slice) -> str:
             for item in ARRAYS:
                 read(directory / item, part)
             return ""
-        files = json.loads((directory / VERIFIED).read_text(encoding="utf-8"))["files"]
+        files = _marks(directory)["files"]
         for name in sorted(files)[part]:
             if not (directory / name).is_file():
                 return f"{name} is missing"

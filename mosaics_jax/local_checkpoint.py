@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mosaics_jax import checkpoint, fingerprint, integrity, paths, processes
+from mosaics_jax import checkpoint, fingerprint, integrity, paths, processes, whole
 from mosaics_jax.record import RunRecord
 from mosaics_jax.step import TrainState
 
@@ -95,12 +95,13 @@ class LocalCheckpoints:
         self._writer.shutdown()
 
     def record(self, step: int) -> RunRecord:
-        """What the step was saved with. Raises ValueError where this process's file is damaged, and UnreadableError."""
+        """What the step was saved with. Raises as `Checkpoints.record`, for this process's file."""
         try:
             with safe_open(self._path(step), "numpy") as file:
-                return RunRecord.from_dict(json.loads(file.metadata()["record"]))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path(step)} cannot be read ({integrity.damage_of(error)})") from error
+                saved = json.loads(file.metadata()["record"])
+        except Exception as error:
+            raise whole.DamagedError(f"{self._path(step)} cannot be read ({integrity.damage_of(error)})") from error
+        return RunRecord.from_dict(saved)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state. Raises ValueError where any process cannot give its part, and UnreadableError; all call it."""
@@ -110,7 +111,7 @@ class LocalCheckpoints:
         def look() -> str:
             try:
                 found.append(self._read(step, items))
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:
                 return f"process {jax.process_index()}: {self._path(step)} ({integrity.damage_of(error)})"
             return ""
 
@@ -159,6 +160,7 @@ class LocalCheckpoints:
         with open(draft, "rb") as stream:
             os.fsync(stream.fileno())
         draft.replace(self._path(step))
+        whole.keep_names(self._directory)
         steps = sorted(int(path.stem) for path in self._directory.glob("*.safetensors") if path.stem.isdigit())
         for old in steps[:-KEEP]:
             self._path(old).unlink()

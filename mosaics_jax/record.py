@@ -5,8 +5,12 @@ import json
 import pathlib
 from typing import Any
 
-from mosaics_jax import paths
+from mosaics_jax import paths, whole
 from mosaics_jax.config import Config, differences, with_new_fields
+from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mosaics_jax.whole import DamagedError
+
+RECORD = "config.json"
 
 # Fields that may change between restarts: they move no number beyond the rounding of a reduction, and spike_sigma none
 # but of steps that it skips, which metrics.jsonl names.
@@ -18,6 +22,9 @@ FREE_FIELDS = frozenset(
     | {f"checkpoint.{field.name}" for field in dataclasses.fields(Config().checkpoint)}
     | {f"mesh.{field.name}" for field in dataclasses.fields(Config().mesh)}
 )
+
+# Of those, what may differ between the processes of a run too: where a node finds and keeps things.
+OWN_FIELDS = frozenset({"data.path", "data.workers", "data.prefetch", "run.compilation_cache", "checkpoint.local_dir"})
 
 # Fields that may change too where the user says so (`--accept_new_data`).
 DATA_FIELDS = frozenset({"data.mixture", "data.mixture_changes", "data.packing", "data.seed"})
@@ -31,23 +38,41 @@ class RunRecord:
     """What must agree for a checkpoint to be continued, and where its data stands.
 
     Attributes:
+      manifest: fingerprint of the corpora.
       data_changes: for every time that a run was told to go on with other data: from which step, and what changed.
+      tokenizer: fingerprint of the tokenizer; "" in a record that is older than the field.
     """
 
     config: dict[str, Any]
     manifest: str
     rows_read: int
     data_changes: tuple[dict[str, Any], ...] = ()
+    tokenizer: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """JSON values, with a digest of them."""
+        return whole.sealed(dataclasses.asdict(self))
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> "RunRecord":
-        config = with_new_fields(saved["config"])
-        if config["init_from"]:  # as it is in a config that is read today
-            config["init_from"] = str(paths.absolute(config["init_from"]))
-        return cls(**{**saved, "config": config})
+    def from_dict(cls, saved: Any) -> "RunRecord":
+        """What `to_dict` made. Raises DamagedError, and ValueError for the whole record of another version."""
+        fields = whole.opened(saved)
+        try:
+            made = cls(**fields)
+            config = with_new_fields(made.config)
+            if config["init_from"]:  # as it is in a config that is read today
+                config["init_from"] = str(paths.absolute(config["init_from"]))
+            Config.from_dict(config)
+            changes = tuple({"step": int(one["step"]), "changes": list(one["changes"])} for one in made.data_changes)
+            right = isinstance(made.manifest, str) and isinstance(made.tokenizer, str) and type(made.rows_read) is int
+            if not right:
+                raise ValueError("manifest, tokenizer or rows_read is of another type")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            if whole.DIGEST in saved:
+                raise ValueError(f"it is of another version of this program ({reason})") from error
+            raise DamagedError(reason) from error
+        return dataclasses.replace(made, config=config, data_changes=changes)
 
 
 def data_differences(saved: RunRecord, current: RunRecord) -> list[str]:
@@ -66,6 +91,11 @@ def check_same_run(saved: RunRecord, current: RunRecord, where: str, accept_new_
         raise ValueError(
             f"{where} was made with other settings ({'; '.join(changed)}); take the old settings or another --workdir"
         )
+    if saved.tokenizer and saved.tokenizer != current.tokenizer:
+        raise ValueError(
+            f"{where} was trained with another tokenizer than the corpora's; prepare them with the run's own, by "
+            "--tokenizer=WORKDIR/tokenizer, or take another --workdir"
+        )
     if saved.manifest != current.manifest and not accept_new_data:
         raise ValueError(
             f"{where} was trained on another corpus (manifest {saved.manifest[:12]}, data.path now holds "
@@ -75,17 +105,29 @@ def check_same_run(saved: RunRecord, current: RunRecord, where: str, accept_new_
 
 
 def write_run_record(workdir: pathlib.Path, record: RunRecord) -> None:
-    """`workdir/config.json`, made whole or not at all."""
-    draft = workdir / "config.json.tmp"
-    draft.write_text(json.dumps(record.to_dict(), indent=2) + "\n", encoding="utf-8")
-    draft.replace(workdir / "config.json")
+    """`workdir/config.json`, made whole or not at all. Raises OSError."""
+    whole.write(workdir / RECORD, (json.dumps(record.to_dict(), indent=2) + "\n").encode())
 
 
 def read_run_record(workdir: pathlib.Path) -> RunRecord:
-    path = workdir / "config.json"
+    """What the workdir is the run of. Raises DamagedError, and ValueError where there is no run."""
+    path = workdir / RECORD
     if not path.is_file():
-        raise ValueError(f"{workdir} holds no run (no config.json); python -m launch.train --workdir=DIR makes one")
+        raise ValueError(f"{workdir} holds no run (no {RECORD}); python -m launch.train --workdir=DIR makes one")
     try:
-        return RunRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); restore it, or start in another --workdir") from error
+        return RunRecord.from_dict(whole.load_json(path))
+    except DamagedError as error:
+        raise DamagedError(f"{path} is damaged ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); start in another --workdir") from error
+
+
+def tokenizer_of(workdir: pathlib.Path, record: RunRecord) -> Tokenizer:
+    """The tokenizer that a run keeps. ValueError where it is damaged, or not the one that the run was trained with."""
+    found = load_tokenizer(workdir / "tokenizer")
+    if record.tokenizer not in ("", found.fingerprint):
+        raise ValueError(
+            f"the tokenizer in {str(workdir / 'tokenizer')!r} is not the one that the run was trained with; resume the "
+            "run, which puts it back, or copy it from the corpus"
+        )
+    return found

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from mosaics_jax import integrity, paths, processes, sharding
+from mosaics_jax import integrity, paths, processes, sharding, whole
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config
-from mosaics_jax.data.tokenizer import load_tokenizer
 from mosaics_jax.local_checkpoint import LocalCheckpoints
 from mosaics_jax.nn.model import parameter_axes
-from mosaics_jax.record import FREE_MODEL_FIELDS, RunRecord, check_same_run, read_run_record
+from mosaics_jax.record import FREE_MODEL_FIELDS, RunRecord, check_same_run, tokenizer_of
 from mosaics_jax.step import TrainState, init_state
 
 
@@ -69,10 +68,10 @@ def _candidates(checkpoints: Checkpoints, local: LocalCheckpoints | None) -> lis
 
 
 def _damage(tier: Checkpoints | LocalCheckpoints, step: int, record: RunRecord) -> str:
-    """What is wrong with the record of a checkpoint, or "". Raises ValueError for that of another run."""
+    """What is wrong with the record of a checkpoint, or "". Raises ValueError for that of another run or version."""
     try:
         saved = tier.record(step)
-    except ValueError as error:
+    except whole.DamagedError as error:
         return str(error)
     # The checkpoint that a change of data starts from was made with the old; the workdir's record has accepted that.
     accepted = any(change["step"] >= step for change in record.data_changes)
@@ -98,7 +97,12 @@ def state_shardings(config: Config, mesh: Mesh, shapes: TrainState) -> TrainStat
 def check_initial(config: Config, tokenizer_fingerprint: str) -> None:
     """Raises ValueError where the run of `config.init_from` has another model or tokenizer, or no weights."""
     workdir = paths.absolute(config.init_from)
-    saved = Config.from_dict(read_run_record(workdir).config).model
+    checkpoints = Checkpoints(workdir)
+    try:
+        record = checkpoints.record(checkpoints.chosen(None))
+    finally:
+        checkpoints.close()
+    saved = Config.from_dict(record.config).model
     differing = [
         f"--config.model.{field.name}={getattr(saved, field.name)!r} (not {getattr(config.model, field.name)!r})"
         for field in dataclasses.fields(saved)
@@ -106,16 +110,11 @@ def check_initial(config: Config, tokenizer_fingerprint: str) -> None:
     ]
     if differing:
         raise ValueError(f"init_from is {config.init_from!r}, whose model is another; legal: {', '.join(differing)}")
-    if load_tokenizer(workdir / "tokenizer").fingerprint != tokenizer_fingerprint:
+    if tokenizer_of(workdir, record).fingerprint != tokenizer_fingerprint:
         raise ValueError(
             f"init_from is {config.init_from!r}, whose tokenizer is not the corpus's; prepare the corpus with "
             f"--tokenizer={workdir / 'tokenizer'}"
         )
-    checkpoints = Checkpoints(workdir)
-    try:
-        checkpoints.chosen(None)
-    finally:
-        checkpoints.close()
 
 
 def initial_weights(config: Config, shapes: Any, shardings: Any) -> Any:

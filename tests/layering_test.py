@@ -15,11 +15,14 @@ PACKAGES = ("mosaics_jax", "pallas_kernels", "configs", "launch")
 FLOORS = [
     {
         "mosaics_jax",
+        "mosaics_jax.addresses",
         "mosaics_jax.dims",
         "mosaics_jax.environment",
         "mosaics_jax.lock",
         "mosaics_jax.paths",
+        "mosaics_jax.place",
         "mosaics_jax.schedulers",
+        "mosaics_jax.whole",
     },
     {"mosaics_jax.config"},
     {
@@ -38,6 +41,7 @@ FLOORS = [
         "mosaics_jax.fingerprint",
         "mosaics_jax.goodput",
         "mosaics_jax.history",
+        "mosaics_jax.meeting",
         "mosaics_jax.processes",
     },
     {

@@ -1,14 +1,10 @@
 """A path is a path: whatever is in its name, ~ at its beginning, and one writer of a folder at a time."""
 
 import dataclasses
-import fcntl
 import functools
-import json
-import logging
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -20,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import command
-from mosaics_jax import lock, paths
+from mosaics_jax import paths
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, default_config, load_config
 from mosaics_jax.evaluate.settings import text_files
@@ -222,51 +218,6 @@ def test_every_flag_that_is_a_path_takes_a_tilde():
         ):
             if re.search(r"director|folder|workdir|path|file\b|PNG", doc):
                 assert name in others, (path, name, doc)
-
-
-# One writer.
-
-
-def _holder(path):
-    code = (
-        "import pathlib, sys, time; from mosaics_jax import lock\n"
-        "with lock.hold(pathlib.Path(sys.argv[1]), 'the run'):\n"
-        "    print('held', flush=True); time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    with process.stdout:
-        assert process.stdout.readline() == "held\n"
-    return process
-
-
-def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
-    path = tmp_path / "lock"
-    holder = _holder(path)
-    held = pytest.raises(lock.HeldError, match=rf"another process is writing the run \(process {holder.pid} on ")
-    with held, lock.hold(path, "the run"):
-        pass
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    with lock.hold(path, "the run"):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-
-
-def test_a_lock_of_another_node_is_waited_for(tmp_path, monkeypatch):
-    holder = _holder(tmp_path / "lock")
-    monkeypatch.setattr(lock.socket, "gethostname", lambda: "another")
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: (holder.kill(), holder.wait()))
-    with lock.hold(tmp_path / "lock", "the run"):
-        pass
-
-
-def test_a_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with caplog.at_level(logging.WARNING), lock.hold(tmp_path / "lock", "the run"):
-        pass
-    assert "has no locks (Function not implemented): see to it that no second process writes the run" in caplog.text
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):
