@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import random
@@ -61,8 +62,8 @@ def interrupts(place: Place) -> Tally:
                     os.killpg(process.pid, signal.SIGINT)
                 time.sleep(0.1)
             done = command.end(process)
-            if done.code == 130 and done.said.count("\n") == 1:  # its one line begins with another word
-                done = dataclasses.replace(done, said=f"failed: {done.said}")
+            if done.code == 130:  # its one line begins with another word
+                done = dataclasses.replace(done, said=done.said.replace("interrupted", "failed: interrupted"))
             tally.add(f"{name}, {times} times", *command.judge(done))
         clear()
     return tally
@@ -179,29 +180,31 @@ def full_disk(place: Place) -> Tally:
 
 @_attack
 def folder_taken(place: Place) -> Tally:
-    """The workdir is removed, or becomes read-only, while the run goes on."""
-    tally = Tally("a workdir that is removed, or becomes read-only, under a run")
-    disk = place.folder / "disk"
-    for how in ("removed", "read-only"):
-        for _ in range(max(1, place.trials // 2)):
-            with small_disk(disk, 64 << 20):
-                command = place.train("disk/run")
-                command.calm = place.train("finished").calm
+    """The workdir is removed while the run goes on; or its disk is read-only when the run is to go on."""
+    tally = Tally("a workdir that is removed under a run, or that has become read-only")
+    disk, run = place.folder / "disk", place.folder / "disk" / "run"
+    for how in ["removed"] * place.trials + ["read-only"]:
+        with small_disk(disk, 64 << 20):
+            command = place.train("disk/run")
+            command.calm = place.train("finished").calm
+            if how == "removed":
                 process = command.start()
                 time.sleep(place.draw.uniform(0.5, 0.95) * place.seconds)
-                if how == "removed":
-                    shutil.rmtree(disk / "run", ignore_errors=True)
-                else:
-                    subprocess.run(["mount", "-o", "remount,ro", disk], check=False)
+                shutil.rmtree(run, ignore_errors=True)
                 done = command.end(process)
-                if how == "removed" and done.code == 0 and not (disk / "run" / "checkpoints").exists():
-                    done = command.run()  # it had ended before
+                if done.code == 0:  # it had ended before
+                    done = command.run()
+            else:
+                place.copy(place.folder / "finished", "disk/run")
+                shutil.rmtree(run / "checkpoints" / "8")
+                subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+                done = command.run()
 
-                def again(command: Command = command) -> Done:
-                    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-                    return command.run()
+            def again(command: Command = command) -> Done:
+                subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+                return command.run()
 
-                tally.add(how, *command.judge(done, again))
+            tally.add(how, *command.judge(done, again))
     return tally
 
 
@@ -230,7 +233,7 @@ def other_places(place: Place) -> Tally:
             command = Command(place, words, lambda done: content(out))
             command.calm = before
             done = command.run()
-            tally.add(f"{name} over {what}", *command.judge(done, lambda done=done: dataclasses.replace(done, code=0)))
+            tally.add(f"{name} over {what}", *command.judge(done, functools.partial(dataclasses.replace, done, code=0)))
     return tally
 
 
@@ -248,8 +251,11 @@ def two_writers(place: Place) -> Tally:
             time.sleep(place.draw.uniform(0, 1))
             pair.append(command.start())
             ends = [command.end(process) for process in pair]
+            # A corpus is made once: that it is there is what the other one says then.
+            there = name == "prepare" and content(place.folder / "out") == command.calm
             for number, done in enumerate(ends):
-                tally.add(f"{name}, number {number}", *command.judge(done))
+                made = functools.partial(dataclasses.replace, done, code=0) if there else None
+                tally.add(f"{name}, number {number}", *command.judge(done, made))
             if all(done.code for done in ends):
                 tally.add(name, "lost", "neither did it")
         clear()
