@@ -1,12 +1,15 @@
-"""What the commands share: one line on stderr and exit code 2 for what the user can mend."""
+"""What the commands share: one line on stderr and exit code 2 for what the user can mend, and one line at Ctrl-C."""
 
 import errno
 import functools
 import io
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -21,31 +24,115 @@ _REFUSALS = (
 _MOST_SHOWN = 4000
 
 
+_INTERRUPTED = 130
+_STDERR = 2
+_GONE = (errno.EPIPE, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 class _Outlasting(io.FileIO):
-    """An output whose reader may go away (`| head`, a terminal that is closed): what it would read is lost, no more."""
+    """An output whose reader may go away (`| head`, a terminal that is closed): what it would read is lost, no more.
+
+    With `told` it only tells of what is done: what a disk that is full does not take is lost too.
+    """
+
+    def __init__(self, number: int, told: bool):
+        super().__init__(number, "w", closefd=False)
+        self._told = told
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
+            if error.errno in _GONE:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+            elif error.errno not in _FULL or not self._told:
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
             return len(data)
 
 
-def _outlasting(stream: Any) -> Any:
+def _outlasting(stream: Any, told: bool) -> Any:
     """`stream`, which outlasts its reader, and escapes what it cannot show: a name of a file may hold anything."""
+    if stream is None:  # closed (`>&-`) when the process began
+        return open(os.devnull, "w", encoding="utf-8")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
-    raw = io.BufferedWriter(_Outlasting(stream.fileno(), "w", closefd=False))
+    raw = io.BufferedWriter(_Outlasting(stream.fileno(), told))
     return io.TextIOWrapper(
         raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )  # fmt: skip
+
+
+def _open_outputs(told: bool) -> None:
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Takes the lowest number that is free, before a file of ours does.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout, sys.stderr = _outlasting(sys.stdout, told), _outlasting(sys.stderr, True)
+
+
+class _Interrupt:
+    """What Ctrl-C does: one line, and exit code 130, however often it is pressed.
+
+    A command that may end at any moment ends at once, whatever it waits for. Any other gets a KeyboardInterrupt, and
+    ends at once when it is pressed again. Where SIGINT is ignored, as in the background of a script, it stays so.
+    """
+
+    def __init__(self, goes_on: str):
+        self.came = False
+        self._message = f"interrupted{'; ' * bool(goes_on)}{goes_on}"
+        # What is left of a pool of processes is cleared away by Python's tracker, which would say so.
+        rules = [os.environ.get("PYTHONWARNINGS", ""), "ignore:resource_tracker"]
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, rules))
+        sys.unraisablehook = self._unraisable
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            return
+        if goes_on:
+            reads, writes = os.pipe()
+            os.set_blocking(writes, False)
+            # Told by C code, so also while the interpreter's first thread waits in a library.
+            signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+            threading.Thread(target=self._wait, args=(reads,), name="interrupts", daemon=True).start()
+        signal.signal(signal.SIGINT, (lambda *_: None) if goes_on else self._raise)
+
+    def end(self) -> NoReturn:
+        """Ends the process, and those that it has made; waits for nothing longer than a second."""
+        teller = threading.Thread(target=self._tell, daemon=True)
+        teller.start()
+        teller.join(1.0)
+        os._exit(_INTERRUPTED)
+
+    def _tell(self) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # after a bar
+        print(self._message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+
+    def _wait(self, reads: int) -> None:
+        while signal.SIGINT not in os.read(reads, 1):
+            pass
+        self.end()
+
+    def _raise(self, number: int, frame: Any) -> NoReturn:
+        if self.came:
+            self.end()
+        self.came = True
+        raise KeyboardInterrupt
+
+    def _unraisable(self, found: Any) -> None:
+        if isinstance(found.exc_value, KeyboardInterrupt):  # where it would be lost, as in a callback of a library
+            self.end()
+        # So C code of TensorStore ends the writes of a checkpoint of which one has failed; that one is raised.
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            sys.__unraisablehook__(found)
 
 
 class _PathParser(flags.ArgumentParser):
@@ -63,27 +150,36 @@ def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder[s
     return flags.DEFINE(_PathParser(), name, default, help)
 
 
-def run(main: Callable[..., None], argument: str = "") -> None:
+def run(main: Callable[..., None], argument: str = "", goes_on: str = "") -> None:
     """Parses the flags and runs `main`. A ValueError, or a flag that is wrong, is one line on stderr and exit 2.
 
-    Where `argument` is given, the command takes one, of that name, and `main` gets it.
+    Where `argument` is given, the command takes one, of that name, and `main` gets it. Where the same command goes on
+    from what is done, whenever it ends, `goes_on` says so at Ctrl-C; stdout then only tells of what is done.
     """
+    _open_outputs(told=bool(goes_on))
+    interrupt = _Interrupt(goes_on)
 
     def guarded(argv: Sequence[str]) -> None:
         try:
             main(*argv[1:])
-        except ValueError as error:
-            _fail(str(error))
-        except OSError as error:  # of the machine, and not of what was asked
-            print(f"failed: {_one_line(str(error))}", file=sys.stderr)
-            sys.exit(1)
+        except Exception as error:
+            if interrupt.came:  # whatever it has become on its way
+                interrupt.end()
+            if isinstance(error, ValueError):
+                _fail(str(error))
+            if isinstance(error, OSError):  # of the machine, and not of what was asked
+                print(f"failed: {_one_line(str(error))}", file=sys.stderr)
+                sys.exit(1)
+            raise
 
-    sys.stdout, sys.stderr = _outlasting(sys.stdout), _outlasting(sys.stderr)
-    for name in environment.forget():
-        print(f"{name} is set, and not heeded: the numbers of a run depend on its config alone", file=sys.stderr)
-    # JAX lists the accelerators that are not there; a run says what it runs on.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-    app.run(guarded, flags_parser=functools.partial(parse, argument=argument))
+    try:
+        for name in environment.forget():
+            print(f"{name} is set, and not heeded: the numbers of a run depend on its config alone", file=sys.stderr)
+        # JAX lists the accelerators that are not there; a run says what it runs on.
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+        app.run(guarded, flags_parser=functools.partial(parse, argument=argument))
+    except KeyboardInterrupt:
+        interrupt.end()
 
 
 def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS, argument: str = "") -> list[str]:

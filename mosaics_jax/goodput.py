@@ -5,9 +5,11 @@ only the wall clock knows; a gap that it makes negative counts as none.
 """
 
 import dataclasses
+import io
 import pathlib
 from typing import Any
 
+from mosaics_jax import whole
 from mosaics_jax.history import records
 
 # Where a second of a run goes, best first; all add up to the wall time.
@@ -23,6 +25,7 @@ PARTS = {
     "rest": "what no record tells of: ends of lives, metrics",
     "idle": "between lives: detection, the scheduler, and steps after a life's last record",
 }
+_MOST = 1e15  # of any number in a record
 
 
 @dataclasses.dataclass
@@ -33,7 +36,7 @@ class Life:
     end: float
     first_step: int | None  # None: it ended before it had a state
     last_step: int
-    why: str  # finished, preempted, stopped, failed; "killed" where no record says
+    why: str  # finished, preempted, stopped, failed, interrupted; "killed" where no record says
     seconds: dict[str, float]
     kept_to: int = 0  # the step that the next life went on from
 
@@ -62,18 +65,18 @@ class Goodput:
     @property
     def goodput(self) -> float:
         """The share of the wall time that was spent on steps that were kept."""
-        return self.seconds["train"] / self.total
+        return _share(self.seconds["train"], self.total)
 
     @property
     def best(self) -> float:
         """The same with saves that take no time: what the interval and these interruptions allow."""
         repeated = self.seconds["repeated"]
         excess = repeated * (self.lost_steps - self.unavoidable_steps) / self.lost_steps if self.lost_steps else 0.0
-        return self.seconds["train"] / (self.total - excess - self.seconds["save"])
+        return _share(self.seconds["train"], self.total - excess - self.seconds["save"])
 
 
 def measure(workdir: pathlib.Path) -> Goodput:
-    """Raises ValueError where there is no run, or none that tells its lives."""
+    """Raises ValueError where there is no run, none that tells its lives, or a record that lacks what others have."""
     path = workdir / "metrics.jsonl"
     lives: list[list[dict[str, Any]]] = []
     for record in records(path):
@@ -83,39 +86,62 @@ def measure(workdir: pathlib.Path) -> Goodput:
             lives[-1].append(record)
     if not lives:
         raise ValueError(f"{path} tells of no start: it is of a version before lives were recorded")
-    return _sum([_life(life) for life in lives], lives)
+    try:
+        return _sum([_life(life) for life in lives], lives)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be summed: {error}") from error
+
+
+def _number(record: dict[str, Any], name: str, least: float = 0.0) -> float:
+    """A field that is a number. Raises ValueError."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= _MOST:
+        raise ValueError(
+            f"a record of kind {record['kind']!r} has {name} {value!r}; legal: a number of {least:g} or more"
+        )
+    return value
+
+
+def _share(part: float, all_: float) -> float:
+    return part / all_ if all_ else 0.0
 
 
 def _life(records: list[dict[str, Any]]) -> Life:
     start, last = records[0], records[-1]
-    seconds = dict.fromkeys(PARTS, 0.0) | {"start": start["up"]}
+    seconds = dict.fromkeys(PARTS, 0.0) | {"start": _number(start, "up")}
     first, done = None, 0
     why = "killed"
     for record in records:
         match record["kind"]:
             case "init" | "resume" | "finished":
-                seconds["restore"] += record["seconds"]
+                seconds["restore"] += _number(record, "seconds")
                 first = done = record["step"]
             case "compile":
-                seconds["compile"] += record["seconds"]
+                seconds["compile"] += _number(record, "seconds")
             case "eval":
-                seconds["evaluate"] += record["seconds"]
+                seconds["evaluate"] += _number(record, "seconds")
             case "save":
-                seconds["save"] += record["blocking"]
+                seconds["save"] += _number(record, "blocking")
             case "train":
-                waited = record["seconds"] * record["data_wait"]
+                waited, trained = _trained(record)
                 seconds["data wait"] += waited
-                seconds["train"] += record["seconds"] - waited
-                done = record["step"]
+                seconds["train"] += trained
+                done = int(_number(record, "step"))
             case "end":
-                why = record["why"]
-    seconds["rest"] = max(0.0, last["up"] - sum(seconds.values()))
-    begin = start["time"] - start["up"]
+                why = str(record.get("why"))
+    seconds["rest"] = max(0.0, _number(last, "up") - sum(seconds.values()))
+    begin = _number(start, "time") - start["up"]
     return Life(begin, begin + last["up"], first, done, why, seconds)
 
 
+def _trained(record: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a "train" record that were waited for data, and those that were trained."""
+    waited = _number(record, "seconds") * min(1.0, _number(record, "data_wait"))
+    return waited, record["seconds"] - waited
+
+
 def _sum(lives: list[Life], records: list[list[dict[str, Any]]]) -> Goodput:
-    interval = min(record["interval"] for record in (life[0] for life in records))
+    interval = min(int(_number(life[0], "interval", 1)) for life in records)
     seconds = dict.fromkeys(PARTS, 0.0)
     lost = unavoidable = 0
     for number, life in enumerate(lives):
@@ -124,9 +150,9 @@ def _sum(lives: list[Life], records: list[list[dict[str, Any]]]) -> Goodput:
             resumed = [one.first_step for one in later if one.first_step is not None]
             life.kept_to = max(life.first_step, min([life.last_step, *resumed]))
         for record in records[number]:
-            if record["kind"] == "train" and record["steps"]:
-                again = min(record["steps"], max(0, record["step"] - life.kept_to)) / record["steps"]
-                trained = record["seconds"] * (1 - record["data_wait"])
+            if record["kind"] == "train" and (steps := _number(record, "steps")):
+                again = min(steps, max(0, record["step"] - life.kept_to)) / steps
+                _, trained = _trained(record)
                 life.seconds["train"] -= again * trained
                 life.seconds["repeated"] += again * trained
         if later:
@@ -143,7 +169,9 @@ def table(found: Goodput) -> str:
     """What `launch.goodput` prints, in markdown."""
     lines = ["| where | seconds | share | |", "|---|---|---|---|"]
     for part, meaning in PARTS.items():
-        lines.append(f"| {part} | {found.seconds[part]:,.1f} | {found.seconds[part] / found.total:.1%} | {meaning} |")
+        lines.append(
+            f"| {part} | {found.seconds[part]:,.1f} | {_share(found.seconds[part], found.total):.1%} | {meaning} |"
+        )
     ends = [life.why for life in found.lives]
     told = ", ".join(f"{ends.count(why)} {why}" for why in sorted(set(ends)))
     best = found.best
@@ -153,13 +181,14 @@ def table(found: Goodput) -> str:
             "",
             f"{len(ends)} lives ({told}); {found.total:,.1f} s of wall time; {found.lost_steps:,} steps computed "
             f"twice, of which an interval of {found.interval} steps cannot save {found.unavoidable_steps:,}.",
-            f"Goodput {found.goodput:.1%}; with saves that take no time {best:.1%}: {found.goodput / best:.1%} of it.",
+            f"Goodput {found.goodput:.1%}; with saves that take no time {best:.1%}: "
+            f"{_share(found.goodput, best):.1%} of it.",
         ]
     )
 
 
 def draw(found: Goodput, path: pathlib.Path) -> None:
-    """A PNG: every life as a bar of its parts, and the shares of the whole."""
+    """A PNG, whole or not at all: every life as a bar of its parts, and the shares of the whole. Raises OSError."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -180,10 +209,12 @@ def draw(found: Goodput, path: pathlib.Path) -> None:
     above.set(xlabel="wall time, s (parts of a life are stacked, not in their order)", ylabel="life")
     left = 0.0
     for part in PARTS:
-        share = found.seconds[part] / found.total
+        share = _share(found.seconds[part], found.total)
         below.barh(0, share, left=left, color=colours[part], label=f"{part} {share:.1%}")
         left += share
     below.set(xlim=(0, 1), yticks=[], xlabel=f"share of {found.total:,.0f} s; goodput {found.goodput:.1%}")
     below.legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.6))
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
     plt.close(figure)
+    whole.write(path, drawn.getvalue())

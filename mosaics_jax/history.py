@@ -1,6 +1,5 @@
 """What a run has told in its metrics.jsonl, over all its lives."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -29,11 +28,23 @@ def read_metrics(workdir: str | os.PathLike[str], kind: str = "train") -> list[d
 
 
 def records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """All of a metrics.jsonl, without half a line that a process was killed in. ValueError where there is none."""
+    """All records of a metrics.jsonl: objects with a kind, and a step that is an integer if any.
+
+    What else stands there is no record, and passed over: half a line that a process was killed in, what a disk did.
+    Raises ValueError where there is no such file.
+    """
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no metrics.jsonl; legal: the workdir of a run")
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    with open(path, "rb") as stream:
+        return [record for line in stream if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
+        return None
+    step = found.get("step", None if found["kind"] in _BEGINNINGS else 0)
+    return found if type(step) is int and abs(step) < 1 << 63 else None

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 import pathlib
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from mosaics_jax import checkpoint, compilation, metrics, processes, sharding
+from mosaics_jax import checkpoint, compilation, metrics, preemption, processes, sharding
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config
 from mosaics_jax.data.corpora import Corpora
@@ -58,7 +57,7 @@ class Loop:
         self._share = sharding.rows_here(mesh, config.data.batch)
         self._options = compilation.compiler_options(config.run)
         self._eval_step = jax.jit(make_eval_step(config), compiler_options=self._options)
-        self._stop_signal = False
+        self._stop_signal = ""  # the name of the one that came
         self._refused: dict[int, str] = {}  # checkpoints that were not accepted, and why; process 0 knows
 
     def run(self, start: Start) -> dict[str, Any] | None:
@@ -69,23 +68,18 @@ class Loop:
             self._corpora.training(), self._corpora.begin, batch=config.data.batch, start_batch=first_step,
             workers=config.data.workers, prefetch=config.data.prefetch, share=self._share,
         )  # fmt: skip
-        # Else jax hears the signal, whichever process gets it, and all agree on a step.
-        alone = jax.process_count() == 1
-        previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm) if alone else None
-        why = "failed"
         try:
-            with jax.transfer_guard("disallow"):
+            with preemption.heard(self._note_signal), jax.transfer_guard("disallow"):
                 evaluation = self._steps(start.state, first_step, rows)
-            why = "finished" if evaluation is not None else "preempted"
-            return evaluation
-        except TrainingStopped:
-            why = "stopped"
+        except BaseException as error:
+            why = {TrainingStopped: "stopped", KeyboardInterrupt: "interrupted"}.get(type(error), "failed")
+            with contextlib.suppress(OSError):  # perhaps what it failed of, and that is what is to be said
+                self._writer.write("end", {"why": why})
             raise
         finally:
-            if alone:
-                signal.signal(signal.SIGTERM, previous_handler)
             rows.close()  # type: ignore[attr-defined]
-            self._writer.write("end", {"why": why})
+        self._writer.write("end", {"why": "finished" if evaluation is not None else "preempted"})
+        return evaluation
 
     def _compile(self, state: TrainState, first_step: int) -> Any:
         """The step, compiled for this state and the run's batches: its time is known, and in no step's."""
@@ -130,9 +124,9 @@ class Loop:
             pending = raw
             done = step + 1
             if jax.process_count() > 1:
-                self._stop_signal = multihost_utils.reached_preemption_sync_point(done)
+                self._stop_signal = "SIGTERM" if multihost_utils.reached_preemption_sync_point(done) else ""
             evaluates = done % run.eval_every == 0 or done in run.eval_steps or done == run.steps
-            keeps = done % saves.every == 0 or done in saves.steps or done == run.steps or self._stop_signal
+            keeps = done % saves.every == 0 or done in saves.steps or done == run.steps or bool(self._stop_signal)
             keeps_here = self._local is not None and not keeps and done % saves.local_every == 0
             if evaluates or keeps or keeps_here:
                 self._report(done, pending)  # and so waits for the step, whose time is not theirs
@@ -146,7 +140,7 @@ class Loop:
                 self._save_here(state, done)
             if self._stop_signal:
                 self._finish_saves()
-                self._writer.say(f"SIGTERM: saved step {done}; the same command resumes")
+                self._writer.say(f"{self._stop_signal}: saved step {done}; the same command resumes")
                 return None
         self._finish_saves()
         return evaluation or self._evaluate(state.params, run.steps)
@@ -326,5 +320,5 @@ class Loop:
             self._writer.say(f"{part}{cut} documents are longer than the context of {config.data.context} and are cut")
         self._writer.say(metrics.MFU_FORMULA)
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
-        self._stop_signal = True
+    def _note_signal(self, name: str) -> None:
+        self._stop_signal = name

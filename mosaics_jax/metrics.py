@@ -1,18 +1,21 @@
 """What is measured and where it is written: terminal, metrics.jsonl, TensorBoard."""
 
+import contextlib
+import errno
 import json
 import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from mosaics_jax.board import Board
 from mosaics_jax.config import CheckpointConfig, Config
 from mosaics_jax.nn.model import matmul_weights
 
@@ -85,26 +88,32 @@ class MetricWriter:
     """Appends records to metrics.jsonl and TensorBoard, and shows progress. Every process but the first is silent.
 
     A record has a kind, the wall clock's time, and `up`: seconds since the process began, of a clock that never jumps.
-    The first record of every life is a "start".
+    The first record of every life is a "start". metrics.jsonl is the run's own: where it cannot be written the run
+    ends. TensorBoard only watches (`board.Board`).
     """
 
     def __init__(self, workdir: pathlib.Path, saves: CheckpointConfig):
+        """Raises OSError, as `write` does."""
         self._active = jax.process_index() == 0
         self._bar = tqdm(disable=True)  # until the run's length is known
         if not self._active:
             return
-        _end_last_line(workdir / "metrics.jsonl")
-        self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._workdir = workdir
-        self._board: SummaryWriter | None = None  # until it is known which steps are told anew
+        self._path = workdir / "metrics.jsonl"
+        with _named(self._path):
+            _end_last_line(self._path)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._board: Board | None = None  # until it is known which steps are told anew
         devices = {"processes": jax.process_count(), "devices": jax.device_count()}
-        self.write("start", {**devices, "interval": saves.local_every if saves.local_dir else saves.every})
+        try:
+            self.write("start", {**devices, "interval": saves.local_every if saves.local_dir else saves.every})
+        except OSError:
+            os.close(self._file)
+            raise
 
     def begin(self, total_steps: int, first_step: int) -> None:
         """Shows the bar. TensorBoard forgets the steps after `first_step` that a life before has told."""
         if self._active:
-            anew = first_step + 1 if first_step else 0
-            self._board = SummaryWriter(str(self._workdir / "tensorboard"), purge_step=anew)
+            self._board = Board(self._path.parent / "tensorboard", first_step + 1 if first_step else 0)
             shown = sys.stderr.isatty()
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not shown)
 
@@ -113,14 +122,10 @@ class MetricWriter:
         if not self._active:
             return
         line = {"kind": kind, "time": round(time.time(), 3), "up": round(uptime(), 3), **_finite(record)}
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"metrics cannot be written: {error.strerror}", self._file.name) from error
-        for name, value in record.items():
-            if self._board and "step" in record and name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+        with _named(self._path):
+            _append(self._file, self._path, (json.dumps(line) + "\n").encode())
+        if self._board and "step" in record:
+            self._board.add(kind, record)
 
     def advance(self, step: int, record: dict[str, Any] | None) -> None:
         """Moves the bar to `step`; a record is shown in it, or printed where the terminal is none."""
@@ -147,7 +152,29 @@ class MetricWriter:
             self._bar.close()
             if self._board:
                 self._board.close()
-            self._file.close()
+            os.close(self._file)
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"metrics cannot be written: {error.strerror}", str(path)) from error
+
+
+def _append(file: int, path: pathlib.Path, line: bytes) -> None:
+    """The whole line, or none of it. Raises OSError, also where the file is no longer that of its path."""
+    found = os.fstat(file)
+    if not (path.exists() and os.path.samestat(found, path.stat())):
+        raise OSError(errno.ENOENT, "it was moved or removed")
+    try:
+        while line:
+            line = line[os.write(file, line) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, found.st_size)
+        raise
 
 
 _IMPORTED = time.monotonic()

@@ -2,7 +2,7 @@
 
 A collective that one process never joins holds all of them for ever, without a word. Each process watches itself from a
 thread; the first that has waited too long asks the others, through a file in the workdir, to write their stacks too.
-Times are of the monotonic clock, so a wall clock that jumps moves nothing.
+Times are of the monotonic clock, so a wall clock that jumps moves nothing. The thread that watches waits for no disk.
 """
 
 import contextlib
@@ -17,9 +17,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+from mosaics_jax.background import Background
 from mosaics_jax.config import RunConfig
 
 HUNG = 70  # the exit code of a run that stood still
@@ -27,6 +29,7 @@ HUNG = 70  # the exit code of a run that stood still
 _BEAT = 5.0  # seconds between heartbeats
 _GRACE = 10.0  # seconds that the first to end leaves the others to write their stacks
 _RECENT = 64  # steps that the median is of
+_STDERR = 2
 
 
 class _At(NamedTuple):
@@ -37,6 +40,13 @@ class _At(NamedTuple):
     since: float
 
 
+class _Asked(NamedTuple):
+    """What another process that found the run standing still has left: where stacks go, and what it found."""
+
+    folder: str
+    why: str
+
+
 class Watchdog:
     """Watches one process of a run, from `start` to `stop`.
 
@@ -45,7 +55,7 @@ class Watchdog:
 
     Files, in the workdir:
       heartbeats/<process>.json: every five seconds, where the process is and since when.
-      hangs/<time>-step-<n>/process-<k>.txt: the stacks of every thread.
+      hangs/<time>-step-<n>/process-<k>.txt: the stacks of every thread; where they cannot be written, stderr has them.
     """
 
     def __init__(self, workdir: pathlib.Path, config: RunConfig, process: int, processes: int):
@@ -54,7 +64,8 @@ class Watchdog:
         self._at = _At(0, "start", time.monotonic())  # replaced as one: the thread never sees half a change
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._stopped = threading.Event()
-        self._request = _request(workdir)
+        self._asked: _Asked | None = None
+        self._files: Background[bool] | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     @staticmethod
@@ -63,8 +74,7 @@ class Watchdog:
         _request(workdir).unlink(missing_ok=True)
 
     def start(self) -> None:
-        for folder in ("hangs", "heartbeats"):
-            (self._workdir / folder).mkdir(parents=True, exist_ok=True)
+        self._files = Background(f"heartbeats in {self._workdir}", self._beat, most=1, again=_BEAT)
         self._at = self._at._replace(since=time.monotonic())
         self._thread.start()
 
@@ -72,6 +82,8 @@ class Watchdog:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._files:
+            self._files.close()
         faulthandler.cancel_dump_traceback_later()
 
     def begin(self, done: int) -> None:
@@ -106,69 +118,72 @@ class Watchdog:
         watching = self._config.watchdog_seconds > 0
         poll = min(1.0, self._config.watchdog_seconds / 4) if watching else _BEAT
         beaten = -_BEAT
+        assert self._files
         while not self._stopped.wait(poll):
             now = time.monotonic()
             if now - beaten >= _BEAT:
                 beaten = now
-                self._beat()
-                if watching and self._processes > 1 and self._request.exists():
-                    self._answer()
-            if watching:
-                at = self._at
-                limit, waited = self.patience(at.phase), time.monotonic() - at.since
-                # Should this thread never run again, as under a call that holds the interpreter: without Python.
-                faulthandler.dump_traceback_later(2 * limit + 60, exit=True, file=sys.__stderr__ or 2)
-                if waited > limit:
-                    self._end(at, waited, limit)
+                self._files.put(True)
+            if not watching:
+                continue
+            at = self._at
+            limit, waited = self.patience(at.phase), time.monotonic() - at.since
+            # Should this thread never run again, as under a call that holds the interpreter: without Python.
+            faulthandler.dump_traceback_later(2 * limit + 60, exit=True, file=_STDERR)
+            if self._asked:
+                self._answer(self._asked)
+            if waited > limit:
+                self._end(at, waited, limit)
 
-    def _beat(self) -> None:
+    def _beat(self, _: bool) -> None:
+        """Writes where this process is, and looks whether another asks for stacks."""
         at = self._at
         seen = {
             "process": self._process, "host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 3),
             "step": at.done, "phase": at.phase, "seconds": round(time.monotonic() - at.since, 3),
         }  # fmt: skip
-        # A disk that is full or away is for the save to report.
-        with contextlib.suppress(OSError):
-            _write_whole(self._workdir / "heartbeats" / f"{self._process}.json", json.dumps(seen) + "\n")
+        if self._processes > 1:
+            self._asked = _asked(self._workdir)
+        (self._workdir / "heartbeats").mkdir(exist_ok=True)
+        self._write_whole(self._workdir / "heartbeats" / f"{self._process}.json", seen)
 
     def _end(self, at: _At, waited: float, limit: float) -> NoReturn:
         what = f"step {at.done + 1}" if at.phase == "train" else at.phase
-        message = f"process {self._process}: {what} is not done after {waited:.0f} s (limit {limit:.0f} s)"
+        why = f"process {self._process}: {what} is not done after {waited:.0f} s (limit {limit:.0f} s)"
         when = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-        folder = f"{when}-step-{at.done}"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            if self._request.exists():  # another was first
-                folder = json.loads(self._request.read_text())["folder"]
+        stacks = _stacks()
+
+        def write() -> str:
+            folder = f"{when}-step-{at.done}"
+            (self._workdir / "hangs").mkdir(exist_ok=True)
+            if asked := _asked(self._workdir):  # another was first
+                folder = asked.folder
             else:
-                _write_whole(self._request, json.dumps({"folder": folder, "why": message}) + "\n")
-        self._dump(folder, message)
+                self._write_whole(_request(self._workdir), {"folder": folder, "why": why})
+            return self._dump(folder, why, stacks)
+
+        where = _within(_GRACE, write)
         if self._processes > 1:
             time.sleep(_GRACE)
-        print(
-            f"hung: {message}; stacks of all threads: {self._workdir / 'hangs' / folder}", file=sys.stderr, flush=True
-        )
-        os._exit(HUNG)
+        _leave(f"hung: {why}; stacks of all threads: {where or stacks}")
 
-    def _answer(self) -> NoReturn:
+    def _answer(self, asked: _Asked) -> NoReturn:
         """Another process found that the run stands still."""
-        request: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            request = json.loads(self._request.read_text())
-        why = request.get("why", "another process asked")
-        self._dump(request.get("folder", "unknown"), why)
-        print(f"hung: {why}; this is process {self._process}", file=sys.stderr, flush=True)
-        os._exit(HUNG)
+        stacks = _stacks()
+        where = _within(_GRACE, lambda: self._dump(asked.folder, asked.why, stacks))
+        _leave(f"hung: {asked.why}; this is process {self._process}" + ("" if where else f": {stacks}"))
 
-    def _dump(self, folder: str, why: str) -> None:
-        with contextlib.suppress(OSError):
-            path = self._workdir / "hangs" / folder / f"process-{self._process}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", encoding="utf-8") as out:
-                out.write(f"{why}\nprocess {self._process} of {self._processes}, pid {os.getpid()}\n")
-                out.writelines(f"{line}\n" for line in silent(self._workdir, self._processes))
-                out.write("\n")
-                out.flush()
-                faulthandler.dump_traceback(out, all_threads=True)
+    def _dump(self, folder: str, why: str, stacks: str) -> str:
+        path = self._workdir / "hangs" / folder / f"process-{self._process}.txt"
+        path.parent.mkdir(exist_ok=True)
+        who = f"process {self._process} of {self._processes}, pid {os.getpid()}"
+        path.write_text("\n".join([why, who, *silent(self._workdir, self._processes), stacks]), encoding="utf-8")
+        return str(path.parent)
+
+    def _write_whole(self, path: pathlib.Path, body: dict[str, Any]) -> None:
+        draft = path.with_suffix(f".{self._process}.tmp")
+        draft.write_text(json.dumps(body) + "\n", encoding="utf-8")
+        draft.replace(path)
 
 
 def silent(workdir: pathlib.Path, processes: int) -> list[str]:
@@ -192,11 +207,54 @@ def silent(workdir: pathlib.Path, processes: int) -> list[str]:
     return lines
 
 
+def _asked(workdir: pathlib.Path) -> _Asked | None:
+    """What another process asks for, if one does. Raises OSError."""
+    try:
+        found = json.loads(_request(workdir).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    told = found if isinstance(found, dict) else {}
+    folder = pathlib.PurePath(str(told.get("folder", ""))).name  # in hangs/, whatever is written there
+    return _Asked(folder or "unknown", str(told.get("why", "another process asked")))
+
+
 def _request(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "hangs" / "request.json"
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+def _stacks() -> str:
+    """Where every thread is; no file is looked at."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for thread, innermost in sys._current_frames().items():
+        lines.append(f"\nthread {names.get(thread, thread)}, innermost call first:")
+        frame: FrameType | None = innermost
+        while frame is not None:
+            lines.append(f"  {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}")
+            frame = frame.f_back
+    return "\n".join(lines) + "\n"
+
+
+def _within(seconds: float, action: Callable[[], str]) -> str:
+    """What `action` gives; "" where it fails, or takes longer, as on a file system that is away."""
+    found: list[str] = []
+
+    def act() -> None:
+        with contextlib.suppress(Exception):
+            found.append(action())
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else ""
+
+
+def _leave(message: str) -> NoReturn:
+    def tell() -> str:
+        os.write(_STDERR, f"{message}\n".encode(errors="backslashreplace"))
+        return ""
+
+    _within(_GRACE, tell)
+    os._exit(HUNG)

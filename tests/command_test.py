@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import helpers
 import jax
@@ -41,6 +43,138 @@ def test_a_disk_that_is_full_is_not_a_reader_that_went(tmp_path):
         done = _run("print('line', flush=True)", tmp_path, stdout=full)
     assert done.returncode != 0
     assert "failed: [Errno 28] No space left on device" in done.stderr
+
+
+def test_a_disk_that_is_full_takes_nothing_of_what_a_run_tells_and_ends_nothing(tmp_path):
+    path = tmp_path / "command.py"
+    path.write_text(
+        "import sys\nfrom launch import command\n\n\ndef main():\n    [print('line', flush=True) for _ in range(9)]\n"
+        "    print('error', file=sys.stderr)\n    sys.exit(75)\n\n\ncommand.run(main, goes_on='it goes on')\n"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=full, stderr=full,
+            timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 75
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_outputs_that_are_closed_end_nothing(closed, tmp_path):
+    body = f"print('out'); print('err', file=sys.stderr); open({str(tmp_path / 'written')!r}, 'w').write('whole')"
+    path = tmp_path / "command.py"
+    path.write_text(f"import sys\nfrom launch import command\n\n\ndef main():\n    {body}\n\n\ncommand.run(main)\n")
+    shell = f"exec {sys.executable} {path} " + " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        ["sh", "-c", shell], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert (done.stdout, done.stderr) == ("out\n" * (1 not in closed), "err\n" * (2 not in closed))
+    assert (tmp_path / "written").read_text() == "whole"
+
+
+def _pressed(body, tmp_path, times=1, goes_on="", ignored=False):
+    """Runs a command that says "ready" on stdout, and presses Ctrl-C; its exit code and what it says."""
+    path = tmp_path / "command.py"
+    path.write_text(
+        "import sys, time, threading\nfrom launch import command\n\n\ndef main():\n"
+        + "".join(f"    {line}\n" for line in body.splitlines())
+        + f"\n\ncommand.run(main, goes_on={goes_on!r})\n"
+    )
+    # A shell that starts these tests in the background has them ignore Ctrl-C, and so their children.
+    how = "SIG_IGN" if ignored else "SIG_DFL"
+    heard = f"import os, signal, sys; signal.signal(signal.SIGINT, signal.{how}); os.execv(sys.argv[1], sys.argv[1:])"
+    running = subprocess.Popen(
+        [sys.executable, "-c", heard, sys.executable, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout.readline() == "ready\n"
+    began = time.monotonic()
+    for _ in range(times):
+        os.killpg(running.pid, signal.SIGINT)
+        time.sleep(0.3)
+    _, said = running.communicate(timeout=300)
+    return running.returncode, said, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "time.sleep(60)",
+        "try:\n    time.sleep(60)\nfinally:\n    raise ValueError('of the cleaning up')",
+        "try:\n    time.sleep(60)\nexcept BaseException:\n    raise ImportError('as an extension does')",
+        "class Callback:\n    def __del__(self): time.sleep(60)\nCallback()",
+    ],
+)
+@pytest.mark.parametrize("goes_on", ["", "the same command goes on"])
+def test_ctrl_c_is_one_line(body, goes_on, tmp_path):
+    expected = f"interrupted{'; ' * bool(goes_on)}{goes_on}\n"
+    assert _pressed(f"print('ready', flush=True)\n{body}", tmp_path, goes_on=goes_on)[:2] == (130, expected)
+
+
+@pytest.mark.parametrize("goes_on", ["", "the same command goes on"])
+def test_ctrl_c_that_is_pressed_again_ends_what_does_not_end(goes_on, tmp_path):
+    body = "print('ready', flush=True)\ntry:\n    time.sleep(60)\nfinally:\n    time.sleep(60)"
+    code, said, seconds = _pressed(body, tmp_path, times=2, goes_on=goes_on)
+    assert (code, said.count("\n"), said[:11]) == (130, 1, "interrupted")
+    assert seconds < 10
+
+
+def test_a_run_ends_at_once_whatever_it_waits_for(tmp_path):
+    """Here a lock, which Python's own Ctrl-C is kept from while a signal is blocked, as in a library's call."""
+    body = (
+        "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"
+        "print('ready', flush=True)\nthreading.Lock().acquire() and threading.Event().wait(60)"
+    )
+    code, said, seconds = _pressed(body, tmp_path, goes_on="the same command goes on")
+    assert (code, said) == (130, "interrupted; the same command goes on\n")
+    assert seconds < 10
+
+
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
+    body = "print('ready', flush=True)\ntime.sleep(1.5)"
+    for goes_on in ("", "the same command goes on"):
+        assert _pressed(body, tmp_path, goes_on=goes_on, ignored=True)[:2] == (0, "")
+
+
+def _alive(group):
+    """The processes of a group, without those that have ended and that nobody has asked for."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, number = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(number) == group and state != "Z":
+            found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_with_its_workers(corpus, tmp_path):
+    config = helpers.tiny_config(corpus, **{"run.steps": 100_000, "run.log_every": 1, "data.workers": 2})
+    command = [sys.executable, "-m", "launch.train", f"--workdir={tmp_path}/run", *helpers.command_line(config)]
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    running = subprocess.Popen(
+        [sys.executable, "-c", heard, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while "step 3/" not in running.stdout.readline():
+        assert running.poll() is None
+    began = time.monotonic()
+    for _ in range(2):
+        os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=300)
+    lines = [line for line in said.splitlines() if "choice.py" not in line]  # which kernels are taken
+    assert (running.returncode, lines) == (
+        130, ["interrupted; the same command goes on from the newest checkpoint"],
+    )  # fmt: skip
+    assert time.monotonic() - began < 10
+    deadline = time.monotonic() + 20
+    while _alive(running.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _alive(running.pid) == []
 
 
 def test_names_that_the_terminal_cannot_show(tmp_path):

@@ -117,6 +117,14 @@ def damage(path: pathlib.Path, how: str, draw: random.Random) -> None:
             path.write_bytes(data + b"\0")
 
 
+def mend(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a file back."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    shutil.copy(source, path)
+
+
 def _spoil(place: Place, tally: Tally, folder: str, files: Callable[[pathlib.Path], list[pathlib.Path]]) -> Tally:
     """Resumes a finished run whose last checkpoint, record or corpus was damaged, file by file."""
     source = place.folder / ("finished" if folder == "spoilt" else "text/corpus")
@@ -128,8 +136,10 @@ def _spoil(place: Place, tally: Tally, folder: str, files: Callable[[pathlib.Pat
         command = place.train("spoilt", corpus)
         damage(place.folder / folder / name, how, place.draw)
 
-        def again(corpus: pathlib.Path = corpus, command: Command = command) -> Done:
-            place.copy(place.corpus, corpus.name)  # as the line says: a copy, or prepared again
+        def again(command: Command = command, name: pathlib.Path = name) -> Done:
+            place.copy(place.corpus, "spoilt-corpus")  # as the line says: a copy, or prepared again
+            if folder == "spoilt":
+                mend(source / name, place.folder / folder / name)
             return command.run()
 
         tally.add(f"{name} {how}", *command.judge(command.run(), again))
