@@ -53,11 +53,22 @@ def main() -> None:
     if not _WORKDIR.value:
         raise ValueError("--workdir is not set; legal: the directory of a run of launch.train")
     settings = Settings(**{name: _value(field, flag.value) for name, (field, flag) in _SETTINGS.items()})
-    from mosaics_jax.evaluate import run  # after the flags: a typo is answered before JAX loads
-    from mosaics_jax.evaluate.model import RunModel
-    from mosaics_jax.processes import connect
+    from mosaics_jax import environment, processes  # after the flags: a typo is answered before JAX loads
+    from mosaics_jax.evaluate import run
 
-    connect(None, wait=300, heartbeat=100)
+    processes.connect(None, wait=300, heartbeat=100)
+    try:
+        processes.same(_typed() | environment.versions(), "what they were started with")
+        with run.writing(pathlib.Path(_WORKDIR.value)):
+            _evaluate(settings)
+    except processes.Missing as error:
+        raise OSError(str(error)) from error
+
+
+def _evaluate(settings: Settings) -> None:
+    from mosaics_jax.evaluate import run
+    from mosaics_jax.evaluate.model import RunModel
+
     model = RunModel(
         _WORKDIR.value, run.mesh(_FSDP.value, _TENSOR.value), step=_STEP.value, delay=_DELAY.value,
         long_term=not _WITHOUT.value, max_length=_MAX_LENGTH.value, batch_tokens=_BATCH_TOKENS.value,
@@ -68,5 +79,12 @@ def main() -> None:
         print(text, flush=True)
 
 
+def _typed() -> dict[str, str]:
+    """Every flag of this command, by name."""
+    own = (_WORKDIR, _STEP, _COMPARE, _WITHOUT, _DELAY, _FSDP, _TENSOR, _MAX_LENGTH, _BATCH_TOKENS)
+    holders: list[Any] = [*own, *(holder for _, holder in _SETTINGS.values())]
+    return {f"--{holder.name}": str(holder.value) for holder in holders}
+
+
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, goes_on="the same command goes on after the last answer")

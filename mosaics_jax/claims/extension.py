@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 
 from configs import claims as recipe
 from mosaics_jax.claims.episodes import TASKS
-from mosaics_jax.claims.measures import ACCURACY, Answers, Measure
+from mosaics_jax.claims.measures import ACCURACY, Answers, Asker, Measure
 from mosaics_jax.claims.study import Run, Study, answers_folder
-from mosaics_jax.config import MeshConfig
-from mosaics_jax.evaluate.model import RunModel
 
 _TASK = TASKS["long_facts"]
 
@@ -52,10 +51,8 @@ class Extension(Study):
         asked = self.asked_task(_TASK.name)
         found: dict[str, dict[int, Sequence[float]]] = {_name(documents): {} for documents in _TASK.asked}
         for step in (0, *config.checkpoint.steps, config.run.steps):
-            load = functools.partial(
-                RunModel, folder if step else run.init_from, MeshConfig(), step=step or None, long_term=long_term
-            )
-            answers = asked.ask(load, folder / answers_folder(long_term) / str(step))
+            asker = Asker(folder if step else pathlib.Path(run.init_from), step or None, long_term)
+            answers = asked.ask(asker, folder / answers_folder(long_term) / str(step))
             for documents, right in answers[_TASK.name].items():
                 found[_name(documents)][step] = right
         return found

@@ -1,18 +1,20 @@
 """What is asked of a trained model: measures, each a number at every x of an axis."""
 
+import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from mosaics_jax.claims.distances import MEMORIES, Distances
 from mosaics_jax.claims.episodes import Task
 from mosaics_jax.claims.questions import Questions, accuracy
-from mosaics_jax.config import Config
+from mosaics_jax.config import Config, MeshConfig
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.evaluate import suite
-from mosaics_jax.evaluate.model import RunModel
+from mosaics_jax.evaluate.model import RunModel, identity
 from mosaics_jax.evaluate.perplexity import Perplexity
 
 LONGER = (1, 2, 4, 8)  # times the training length
@@ -22,7 +24,23 @@ Answers = Mapping[str, Mapping[int, Sequence[float]]]
 
 
 ACCURACY, BITS, WEIGHT = "accuracy", "bits per byte", "weight of a pair"
-Load = Callable[[], RunModel]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asker:
+    """A checkpoint of a run that may be asked; its weights are loaded where it is."""
+
+    workdir: pathlib.Path
+    step: int | None
+    long_term: bool
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return identity(self.workdir, step=self.step, long_term=self.long_term)
+
+    @functools.cached_property
+    def model(self) -> RunModel:
+        return RunModel(self.workdir, MeshConfig(), step=self.step, long_term=self.long_term)
 
 
 class Measure(NamedTuple):
@@ -57,14 +75,14 @@ class Asked(Protocol):
 
     measures: Sequence[Measure]
 
-    def ask(self, load: Load, directory: pathlib.Path) -> Answers:
-        """Answers what the directory does not hold yet; where it holds all, the model is not loaded."""
+    def ask(self, asker: Asker, directory: pathlib.Path) -> Answers:
+        """Answers what the directory does not hold of this model; where it holds all, the model is not loaded."""
 
 
-def answers(examples: suite.Examples, load: Load, directory: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of all examples, asked now where they were not yet."""
-    found = suite.answered(examples, directory)
-    return suite.answers(examples, load(), directory) if found is None else found
+def answers(examples: suite.Examples, asker: Asker, directory: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of all examples, asked now where this model was not asked yet."""
+    found = suite.answered(examples, asker.identity, directory)
+    return suite.answers(examples, asker.model, directory) if found is None else found
 
 
 class AskedTask:
@@ -79,8 +97,8 @@ class AskedTask:
             )
         ]  # fmt: skip
 
-    def ask(self, load: Load, directory: pathlib.Path) -> Answers:
-        return {self._questions.name: accuracy(answers(self._questions, load, directory))}
+    def ask(self, asker: Asker, directory: pathlib.Path) -> Answers:
+        return {self._questions.name: accuracy(answers(self._questions, asker, directory))}
 
 
 class AskedText:
@@ -112,10 +130,10 @@ class AskedText:
             ),
         ]  # fmt: skip
 
-    def ask(self, load: Load, directory: pathlib.Path) -> Answers:
-        records = answers(self._perplexity, load, directory)
+    def ask(self, asker: Asker, directory: pathlib.Path) -> Answers:
+        records = answers(self._perplexity, asker, directory)
         whole = [record["bins"] for record in records if record["bins"] is not None]
-        distances = self._distances.by_memory(answers(self._distances, load, directory))
+        distances = self._distances.by_memory(answers(self._distances, asker, directory))
         return {
             "text_by_context": {
                 length: [self._bits * record["tail"] for record in records if record["length"] == length]

@@ -8,27 +8,29 @@ W/runs/<study>/<variant>/<rate>-seed<s>/      a run of launch.train, and its ans
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from configs import claims as recipe
-from mosaics_jax import history
+from mosaics_jax import history, lock, place, whole
 from mosaics_jax.claims.episodes import TASKS, write
-from mosaics_jax.claims.measures import Answers, Asked, AskedTask, AskedText, Measure
-from mosaics_jax.config import Config, MeshConfig
-from mosaics_jax.data.corpus import Manifest, write_whole
+from mosaics_jax.claims.measures import Answers, Asked, AskedTask, AskedText, Asker, Measure
+from mosaics_jax.config import Config
+from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.prepare import prepare
 from mosaics_jax.data.tokenizer import load_tokenizer
-from mosaics_jax.evaluate.model import RunModel
 from mosaics_jax.train import train
 
 _TEXT_BYTES = 100_000_000  # of a corpus of text, at most
 _HELD_OUT = 0.05
+
+
+class Preempted(RuntimeError):
+    """A signal ended a training, which has saved."""
 
 
 class Run(NamedTuple):
@@ -153,10 +155,17 @@ class Study:
         """A workdir is of one size and one text: its corpora would be too small for another, or of something else."""
         mine = {"budget": self.budget, "times": str(self.times), "text": ",".join(self.text)}
         path = self.workdir / "claims.json"
-        if not path.is_file():
+        if not path.exists():
             self.workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(path, (json.dumps(mine) + "\n").encode())
-        elif (there := json.loads(path.read_text())) != mine:
+            whole.write_json(path, mine)
+            return
+        try:
+            there = whole.read_json(path)
+            if there.keys() != mine.keys():
+                raise whole.DamagedError(f"it has the fields {', '.join(there)}; legal: {', '.join(mine)}")
+        except whole.DamagedError as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}); take another --workdir") from error
+        if there != mine:
             is_of, asked = (" ".join(f"--{name}={of[name]}" for name in mine) for of in (there, mine))
             raise ValueError(
                 f"{str(self.workdir)!r} is of {is_of}; legal: the same here, or another --workdir for {asked}"
@@ -175,8 +184,10 @@ class Study:
         found = _last_evaluation(folder, config.run.steps)
         if found is None:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-                train(config, folder)
+            with open(folder / "train.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+                finished = train(config, folder) is not None
+            if not finished:
+                raise Preempted(f"{folder} was told to stop, and saved")
             jax.clear_caches()
             found = _last_evaluation(folder, config.run.steps)
             assert found is not None
@@ -190,11 +201,23 @@ class Study:
     def ask(self, run: Run, long_term: bool) -> Answers:
         """What a trained run answers, asked now where it was not yet."""
         folder = self.folder(run)
-        load = functools.cache(lambda: RunModel(folder, MeshConfig(), long_term=long_term))
+        asker = Asker(folder, None, long_term)
         found: dict[str, Mapping[int, Sequence[float]]] = {}
         for asked in self._asked:
-            found |= asked.ask(load, folder / answers_folder(long_term))
+            found |= asked.ask(asker, folder / answers_folder(long_term))
         return found
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the workdir of studies, and keeps another command from writing there meanwhile.
+
+    Raises ValueError where one does, or where it is the place of something else, and OSError.
+    """
+    place.check(workdir, (place.EMPTY, place.STUDY), "--workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with lock.hold(workdir / "lock", str(workdir)):
+        yield
 
 
 def answers_folder(long_term: bool) -> str:
@@ -205,6 +228,7 @@ def _last_evaluation(folder: pathlib.Path, steps: int) -> float | None:
     """The held-out bits per byte of a run that is finished."""
     path = folder / "metrics.jsonl"
     records = history.records(path) if path.is_file() else []
-    if not any(record["kind"] == "end" and record["why"] == "finished" for record in records):
+    if not any(record["kind"] == "end" and record.get("why") == "finished" for record in records):
         return None
-    return next(float(r["bits_per_byte"]) for r in reversed(records) if r["kind"] == "eval" and r["step"] == steps)
+    last = (r["bits_per_byte"] for r in reversed(records) if r["kind"] == "eval" and r["step"] == steps)
+    return next(map(float, last), None)

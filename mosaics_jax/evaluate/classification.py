@@ -106,7 +106,7 @@ class Classification:
             shots = [shuffler.sample(shot, len(shot)) for shot in shots]
         text = prompt(task, names, shots, query, condition.delimiter)
         ids = suite.row(self._tokenizer, text)
-        key = f"{' '.join(map(str, condition))} {index} {suite.digest(text)}"
+        key = f"{' '.join(map(str, condition))} {index} {suite.digest(text, answer)}"
         new = max(map(len, self.options(condition)))
         return suite.Example(key, len(ids) + new, (ids, condition, names[answer]))
 

@@ -2,12 +2,13 @@
 
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mosaics_jax.data.corpus import write_whole
+from mosaics_jax import whole
 
 _COLOURS = ("#1f5aa6", "#c8442f", "#3d8b4f", "#8a5aa8", "#b8862b", "#4a9aa5", "#7d7d7d", "#d07aa2", "#222222")
+_STYLES = ("-", "--", "-.", ":")
 _MOST_INSIDE = 5  # curves of which the legend stands among them
 
 
@@ -16,6 +17,7 @@ def draw(data: Mapping[str, Any], path: pathlib.Path, other: Mapping[str, Any] |
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams["text.parse_math"] = False  # a name may hold a $
     import matplotlib.pyplot as plt
 
     both = [data] if other is None else [data, other]
@@ -34,7 +36,42 @@ def draw(data: Mapping[str, Any], path: pathlib.Path, other: Mapping[str, Any] |
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
-    write_whole(path, buffer.getvalue())
+    whole.write(path, buffer.getvalue())
+
+
+def check(data: Any) -> None:
+    """Raises ValueError where this is no figure's data that `draw` can draw, as of a file that is damaged."""
+    try:
+        texts = [data["title"], data["x"], data["y"]]
+        if data["kind"] == "lines":
+            for series in data["series"]:
+                texts.append(series["label"])
+                x, y, error = series["x"], series["y"], series.get("error")
+                error = y if error is None else error
+                if not len(x) == len(y) == len(error):
+                    raise ValueError(f"the curve {series['label']!r} has lists of several lengths")
+                _check_numbers([*x, *y, *error])
+                if series.get("style", "-") not in _STYLES or not isinstance(series.get("colour", 0), int):
+                    raise ValueError(f"the curve {series['label']!r} has another style or colour than it may")
+            marks, levels = data.get("marks", {}), data.get("levels", {})
+            texts += [*marks.values(), *levels]
+            _check_numbers([*map(float, marks), *levels.values()])
+        elif data["kind"] == "heatmap":
+            rows = data["values"]
+            if len(rows) != len(data["rows"]) or any(len(row) != len(data["columns"]) for row in rows):
+                raise ValueError("the map has another number of values than rows and columns")
+            _check_numbers([value for row in rows for value in row if value is not None])
+        else:
+            raise ValueError(f"the kind is {data['kind']!r}; legal: lines, heatmap")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"{wrong[0]!r} stands where a text is legal")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from error
+
+
+def _check_numbers(values: Iterable[Any]) -> None:
+    if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]:
+        raise ValueError(f"{wrong[0]!r} stands where a number is legal")
 
 
 def _draw_lines(axes: Any, both: list[Mapping[str, Any]]) -> None:

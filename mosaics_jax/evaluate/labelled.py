@@ -1,10 +1,11 @@
 """Labelled texts to classify: Banking77, GoEmotions, TACRED, and any csv, tsv or jsonl of (text, label)."""
 
 import csv
-import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
+
+from mosaics_jax.evaluate import given
 
 Rows = list[tuple[str, str]]  # (text, label)
 
@@ -49,10 +50,10 @@ def banking77(folder: pathlib.Path) -> Task:
 
 def goemotions(folder: pathlib.Path) -> Task:
     """Rows with a single label; `emotions` are numbered by labels.txt."""
-    names = _lines(folder / "labels.txt")
+    names = given.lines(folder / "labels.txt")
 
     def rows(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-        for number, line in enumerate(_lines(path), start=1):
+        for number, line in enumerate(given.lines(path), start=1):
             fields = line.split("\t")
             if len(fields) < 2 or not all(label.isdecimal() for label in fields[1].split(",")):
                 raise ValueError(f"{str(path)!r}, line {number}: legal are text, TAB, label numbers")
@@ -61,7 +62,7 @@ def goemotions(folder: pathlib.Path) -> Task:
                     raise ValueError(f"{str(path)!r}, line {number}: label {fields[1]}; labels.txt has {len(names)}")
                 yield fields[0], names[int(fields[1])]
 
-    train, test = (list(rows(folder / f"{split}.tsv")) for split in ("train", "test"))
+    train, test = (_some(path, list(rows(path))) for path in (folder / "train.tsv", folder / "test.tsv"))
     instruction = f"Given a comment, please predict the emotion category of this comment. {_FORMAT}{_FOLLOW}"
     return Task("goemotions", instruction, "comment:", "emotion category:", train, test)
 
@@ -70,17 +71,19 @@ def tacred(folder: pathlib.Path) -> Task:
     """Relations between two entities of a sentence, without `no_relation`: 41 classes."""
 
     def rows(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-        for item in json.loads(_text(path)):
-            try:
+        body = given.value(given.text(path), f"{str(path)!r}")
+        try:
+            for item in body:
                 words = item["token"]
                 subject = " ".join(words[item["subj_start"] : item["subj_end"] + 1])
                 object_ = " ".join(words[item["obj_start"] : item["obj_end"] + 1])
                 if item["relation"] != "no_relation":
-                    yield f"{' '.join(words)}\nthe relation between {subject} and {object_}", item["relation"]
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{str(path)!r} is not in TACRED's format: {error!r}") from error
+                    text = f"{' '.join(words)}\nthe relation between {subject} and {object_}"
+                    yield text, given.string(item["relation"])
+        except given.WRONG_FORM as error:
+            raise ValueError(f"{str(path)!r} is not in TACRED's format: {error!r}") from error
 
-    train, test = (list(rows(folder / f"{split}.json")) for split in ("train", "test"))
+    train, test = (_some(path, list(rows(path))) for path in (folder / "train.json", folder / "test.json"))
     instruction = (
         "Given a sentence and a pair of subject and object entities within the sentence, please predict the relation "
         f"between the given entities. {_FOLLOW}"
@@ -100,34 +103,30 @@ def _file(path: pathlib.Path) -> Rows:
     if path.suffix != ".jsonl":
         raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; legal: .csv, .tsv, .jsonl")
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
+    for where, item in given.values(path):
         try:
-            item = json.loads(line)
             rows.append((str(item["text"]), str(item["label"])))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{str(path)!r}, line {number}: legal is an object with text and label") from error
+        except given.WRONG_FORM as error:
+            raise ValueError(f"{where}: legal is an object with text and label") from error
     return _some(path, rows)
 
 
 def _table(path: pathlib.Path, delimiter: str, text: str, label: str) -> Rows:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter)
-    if not {text, label} <= set(reader.fieldnames or ()):
-        raise ValueError(f"{str(path)!r} has the columns {reader.fieldnames}; legal: {text} and {label} among them")
-    return _some(path, [(row[text], row[label]) for row in reader])
+    reader = csv.DictReader(given.text(path).splitlines(keepends=True), delimiter=delimiter)
+    rows = []
+    try:
+        if not {text, label} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{str(path)!r} has the columns {reader.fieldnames}; legal: {text} and {label} among them")
+        for row in reader:
+            if row[text] is None or row[label] is None:
+                raise ValueError(f"{str(path)!r}, line {reader.line_num}: legal is a row with {text} and {label}")
+            rows.append((row[text], row[label]))
+    except csv.Error as error:
+        raise ValueError(f"{str(path)!r}, line {reader.line_num}, cannot be read: {error}") from error
+    return _some(path, rows)
 
 
 def _some(path: pathlib.Path, rows: Rows) -> Rows:
     if not rows:
         raise ValueError(f"{str(path)!r} holds no rows")
     return rows
-
-
-def _lines(path: pathlib.Path) -> Sequence[str]:
-    return [line for line in _text(path).split("\n") if line]
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error

@@ -1,5 +1,6 @@
 """What a suite sees of a language model, and the model of a training run behind it, over a mesh of devices."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,15 +13,17 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mosaics_jax import decode, dims, paths, sharding, visibility
+from mosaics_jax import decode, dims, paths, sharding, visibility, whole
 from mosaics_jax.checkpoint import Checkpoints
 from mosaics_jax.config import Config, MeshConfig, ModelConfig
-from mosaics_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mosaics_jax.data.tokenizer import Tokenizer
 from mosaics_jax.loss import token_losses
 from mosaics_jax.nn.memory import Context
 from mosaics_jax.nn.model import LanguageModel, from_values, parameter_axes, to_values
-from mosaics_jax.record import read_run_record
+from mosaics_jax.record import tokenizer_of
 
+# Raised where a model would answer an example of the same key otherwise, or where a record has other fields.
+ANSWERS = 1
 _GREEDY = decode.Sampling(temperature=0, top_k=0, top_p=1)
 _ROWS = PartitionSpec(sharding.BATCH[0])
 
@@ -38,9 +41,11 @@ class Model(Protocol):
     Attributes:
       max_length: tokens that a row may have, those that are generated included.
       context: the row length that the model was trained on.
+      identity: another one for every model that may answer otherwise.
     """
 
     tokenizer: Tokenizer
+    identity: str
     max_length: int
     context: int
 
@@ -57,12 +62,47 @@ class Model(Protocol):
         """The loss of every token of the rows but the first."""
 
 
+class _Chosen(NamedTuple):
+    """A checkpoint, and how it is read: `model` is its config, with another delay where that is asked for."""
+
+    step: int
+    config: Config
+    model: ModelConfig
+    tokenizer: Tokenizer
+    identity: str
+
+
+def _choose(
+    checkpoints: Checkpoints, workdir: pathlib.Path, step: int | None, delay: int | None, long_term: bool
+) -> _Chosen:
+    step = checkpoints.chosen(step)
+    record = checkpoints.record(step)  # the run's own may have become another's since
+    config = Config.from_dict(record.config)
+    model = config.model if delay is None else _with_delay(config.model, delay)
+    tokenizer = tokenizer_of(workdir, record)
+    of = {
+        "answers": ANSWERS, "weights": checkpoints.weights_fingerprint(step), "model": dataclasses.asdict(model),
+        "long_term": long_term, "tokenizer": tokenizer.fingerprint,
+    }  # fmt: skip
+    return _Chosen(step, config, model, tokenizer, whole.digest(of)[:16])
+
+
+def identity(
+    workdir: str | pathlib.Path, *, step: int | None = None, delay: int | None = None, long_term: bool = True
+) -> str:
+    """That of the RunModel with these arguments, without its weights being loaded. Raises as it does."""
+    workdir = paths.absolute(workdir)
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        return _choose(checkpoints, workdir, step, delay, long_term).identity
+
+
 class RunModel:
     """A checkpoint of a run, its weights over the devices as in training (`data`, `fsdp`, `tensor`).
 
     Attributes:
       step: the checkpoint's.
-      config: the run's.
+      config: what the checkpoint was saved with.
+      identity: changes with the weights, the tokenizer and the config, and with the delay and the removal.
     """
 
     def __init__(
@@ -80,25 +120,26 @@ class RunModel:
         Raises:
           ValueError: no run or checkpoint there; a mesh that does not fit; no long-term memory to delay or remove.
         """
-        workdir = paths.absolute(workdir)
-        self.config = Config.from_dict(read_run_record(workdir).config)
         if mesh.sequence != 1:
             raise ValueError(
                 f"mesh.sequence is {mesh.sequence}; legal for evaluation: 1 (a cache is not cut along time)"
             )
-        config = self.config.model
-        if delay is not None:
-            config = _with_delay(config, delay)
-        self.tokenizer = load_tokenizer(workdir / "tokenizer")
+        workdir = paths.absolute(workdir)
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            chosen = _choose(checkpoints, workdir, step, delay, long_term)
+            self.mesh = sharding.make_mesh(mesh)
+            values = _load(checkpoints, chosen, self.mesh)
+        self.step, self.config, self.tokenizer, self.identity = (
+            chosen.step, chosen.config, chosen.tokenizer, chosen.identity,
+        )  # fmt: skip
         self.max_length, self.context = max_length, self.config.data.context
-        self.mesh = sharding.make_mesh(mesh)
         self._batch_tokens, self._chunk = batch_tokens, self.config.run.loss_chunk
-        self.step, values = _load(workdir, step, config, self.mesh)
+        model = chosen.model
         if not long_term:
             with jax.set_mesh(self.mesh):
-                model = from_values(config, values).remove_long_term()
-            config, values = model.config, to_values(model)
-        self.model_config, self._values = config, values
+                removed = from_values(model, values).remove_long_term()
+            model, values = removed.config, to_values(removed)
+        self.model_config, self._values = model, values
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     @property
@@ -207,14 +248,9 @@ def _with_delay(config: ModelConfig, delay: int) -> ModelConfig:
     return dataclasses.replace(config, delay_min=delay, delay_max=max(delay, config.delay_max))
 
 
-def _load(workdir: pathlib.Path, step: int | None, config: ModelConfig, mesh: Mesh) -> tuple[int, dict[str, Any]]:
-    """The step, which None leaves to be the newest, and its weights in their shards."""
-    checkpoints = Checkpoints(workdir)
-    try:
-        step = checkpoints.chosen(step)
-        shapes = jax.eval_shape(lambda: to_values(LanguageModel(config, 0)))
-        shardings = sharding.parameter_shardings(mesh, parameter_axes(config), shapes)
-        abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
-        return step, checkpoints.params(step, abstract)
-    finally:
-        checkpoints.close()
+def _load(checkpoints: Checkpoints, chosen: _Chosen, mesh: Mesh) -> dict[str, Any]:
+    """The weights of the checkpoint, in their shards."""
+    shapes = jax.eval_shape(lambda: to_values(LanguageModel(chosen.model, 0)))
+    shardings = sharding.parameter_shardings(mesh, parameter_axes(chosen.model), shapes)
+    abstract = jax.tree.map(lambda s, d: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=d), shapes, shardings)
+    return checkpoints.params(chosen.step, abstract)

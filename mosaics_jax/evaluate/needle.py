@@ -127,7 +127,7 @@ class Needle:
             "variant": name, "length": length, "index": index, "tokens": len(ids),
             "references": [value for _, value in references], "depths": [depth[pair] for pair, _ in references],
         }  # fmt: skip
-        key = f"{name} {length} {index} {suite.digest(prompt(units))}"
+        key = f"{name} {length} {index} {suite.digest(prompt(units), about)}"
         return suite.Example(key, len(ids) + NEW_TOKENS, (ids, about))
 
     def _text(

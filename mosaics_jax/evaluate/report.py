@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mosaics_jax.data.corpus import write_whole
+from mosaics_jax import whole
 
 
 class Table(NamedTuple):
@@ -71,7 +71,7 @@ def curve(label: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> 
 
 
 def save(report: Report, directory: pathlib.Path, suite: str, about: Mapping[str, Any]) -> list[pathlib.Path]:
-    """Writes <suite>.json, <suite>.md, and for every figure NAME.json and NAME.png. Returns what it wrote."""
+    """Writes <suite>.json, <suite>.md, and for every figure NAME.json and NAME.png; returns those. Raises OSError."""
     from mosaics_jax.evaluate import figures
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,11 @@ def save(report: Report, directory: pathlib.Path, suite: str, about: Mapping[str
         "figures": [figure.name for figure in report.figures],
     }
     written = [directory / f"{suite}.json", directory / f"{suite}.md"]
-    write_whole(written[0], (json.dumps(body, indent=1) + "\n").encode())
-    write_whole(written[1], markdown(report, suite, about).encode())
+    whole.write(written[0], (json.dumps(body, indent=1) + "\n").encode())
+    whole.write(written[1], markdown(report, suite, about).encode())
     for figure in report.figures:
         paths = [directory / f"{figure.name}.json", directory / f"{figure.name}.png"]
-        write_whole(paths[0], (json.dumps(figure.data, indent=1) + "\n").encode())
+        whole.write(paths[0], (json.dumps(figure.data, indent=1) + "\n").encode())
         figures.draw(figure.data, paths[1])
         written += paths
     return written

@@ -5,14 +5,13 @@ holds are put into the prompt in an order drawn by seed, the one with the answer
 contains any of the references, case aside (RULER's rule).
 """
 
-import json
 import pathlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mosaics_jax.data.tokenizer import Tokenizer
-from mosaics_jax.evaluate import report, suite
+from mosaics_jax.evaluate import given, report, suite
 from mosaics_jax.evaluate.fit import most_that_fit
 from mosaics_jax.evaluate.model import Model
 
@@ -53,14 +52,14 @@ def read_squad(path: pathlib.Path) -> Pool:
         numbers: dict[str, int] = {}
         questions = []
         for article in body["data"]:
-            texts = [paragraph["context"] for paragraph in article["paragraphs"]]
+            texts = [given.string(paragraph["context"]) for paragraph in article["paragraphs"]]
             own = [numbers.setdefault(text, len(numbers)) for text in texts]
             for paragraph, gold in zip(article["paragraphs"], own, strict=True):
                 for asked in paragraph["qas"]:
-                    references = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                    references = _references(answer["text"] for answer in asked["answers"])
                     if references and not asked.get("is_impossible", False):
                         related = tuple(dict.fromkeys(number for number in own if number != gold))
-                        questions.append(Question(asked["id"], asked["question"], references, (gold,), related))
+                        questions.append(_question(asked, "id", references, (gold,), related))
         return Pool(questions, list(numbers))
 
     return _read(path, pool, "SQuAD")
@@ -73,21 +72,36 @@ def read_hotpot(path: pathlib.Path) -> Pool:
         numbers: dict[str, int] = {}
         questions = []
         for asked in body:
-            texts = {title: f"{title}\n{''.join(sentences)}" for title, sentences in asked["context"]}
+            texts = {title: f"{given.string(title)}\n{''.join(sentences)}" for title, sentences in asked["context"]}
             own = {title: numbers.setdefault(text, len(numbers)) for title, text in texts.items()}
             titles = dict.fromkeys(title for title, _ in asked["supporting_facts"])
             gold = tuple(dict.fromkeys(own[title] for title in titles if title in own))
+            if not gold:
+                raise ValueError(f"question {asked['_id']!r} has no supporting fact among its paragraphs")
             related = tuple(number for number in dict.fromkeys(own.values()) if number not in gold)
-            questions.append(Question(asked["_id"], asked["question"], (asked["answer"],), gold, related))
+            if references := _references([asked["answer"]]):
+                questions.append(_question(asked, "_id", references, gold, related))
         return Pool(questions, list(numbers))
 
     return _read(path, pool, "HotpotQA (distractor)")
 
 
+def _references(texts: Iterable[Any]) -> tuple[str, ...]:
+    """Those that say something: every text holds an empty one."""
+    return tuple(dict.fromkeys(text for text in map(given.string, texts) if text))
+
+
+def _question(
+    asked: Mapping[str, Any], name: str, references: tuple[str, ...], gold: tuple[int, ...], related: tuple[int, ...]
+) -> Question:
+    return Question(given.string(asked[name]), given.string(asked["question"]), references, gold, related)
+
+
 def _read(path: pathlib.Path, pool: Callable[[Any], Pool], form: str) -> Pool:
+    body = given.value(given.text(path), f"{str(path)!r}")
     try:
-        made = pool(json.loads(path.read_text(encoding="utf-8")))
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        made = pool(body)
+    except given.WRONG_FORM as error:
         raise ValueError(f"{str(path)!r} is not in the format of {form}: {type(error).__name__} {error}") from error
     if not made.questions:
         raise ValueError(f"{str(path)!r} holds no question with an answer")
@@ -170,7 +184,7 @@ class Retrieval:
             "tokens": len(ids), "references": question.references,
             "depth": numbers(count).index(question.gold[0]) / max(1, count - 1),
         }  # fmt: skip
-        key = f"{name} {style} {length} {question.name} {suite.digest(texts[count])}"
+        key = f"{name} {style} {length} {question.name} {suite.digest(texts[count], about)}"
         return suite.Example(key, len(ids) + NEW_TOKENS, (ids, about))
 
     def _prompt(self, pool: Pool, question: Question, style: str, numbers: Sequence[int]) -> str:

@@ -1,17 +1,19 @@
 """One evaluation of a run's newest checkpoint: how suites are made of the settings, run, written and compared."""
 
+import contextlib
+import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
+from mosaics_jax import lock, place, processes, whole
 from mosaics_jax.config import Config, MeshConfig
-from mosaics_jax.data.corpus import Manifest, document_ends, write_whole
+from mosaics_jax.data.corpus import Manifest, document_ends
 from mosaics_jax.data.source import Tokens
-from mosaics_jax.evaluate import figures, labelled, report, retrieval, suite
+from mosaics_jax.evaluate import figures, given, labelled, report, retrieval, suite
 from mosaics_jax.evaluate.classification import LABELS, Classification
 from mosaics_jax.evaluate.model import RunModel
 from mosaics_jax.evaluate.needle import VARIANTS, Needle
@@ -26,6 +28,27 @@ _TASKS = {"banking77": labelled.banking77, "goemotions": labelled.goemotions, "t
 _HAYSTACK_TOKENS = 200_000
 
 
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other evaluations from writing below `workdir`/evaluations meanwhile. All processes call this.
+
+    Raises ValueError where another one does, or where one of the two is the place of something else, and OSError.
+    """
+    folder = workdir / "evaluations"
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> None:
+            place.check(workdir, (place.RUN,), "--workdir")
+            place.check(folder, (place.EMPTY, place.EVALUATIONS), "the folder of evaluations")
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(lock.hold(folder / "lock", str(folder)))
+            for left in folder.rglob("*.partial"):  # of a life that was killed as it wrote
+                left.unlink()
+
+        processes.first(hold, "lock of the evaluations")
+        yield
+
+
 def evaluate(
     model: RunModel, workdir: pathlib.Path, settings: Settings, variant: str, command: str, compare: str = ""
 ) -> Iterator[str]:
@@ -38,6 +61,7 @@ def evaluate(
     """
     directory = workdir / "evaluations" / str(model.step) / variant
     others = {name: _figures_of(pathlib.Path(compare), name) for name in settings.suite} if compare else {}
+    names = (f"{workdir.name} {variant}".strip(), pathlib.Path(compare).name)
     for name in settings.suite:
         found = _run(name, model, settings, directory)
         trained = f"{model.config.run.steps} steps of {model.config.data.batch} x {model.config.data.context} tokens"
@@ -47,15 +71,22 @@ def evaluate(
             "delay": model.model_config.delay_min,
             "command": f"`{command}`",
         }
+        processes.first(functools.partial(_save, found, directory, name, about, others.get(name, {}), names), name)
         if jax.process_index() == 0:
-            report.save(found, directory, name, about)
-            for figure in found.figures if compare else ():
-                _compare(
-                    figure, others[name], directory, f"{workdir.name} {variant}".strip(), pathlib.Path(compare).name
-                )
             yield report.markdown(found, name, about)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(name)
+
+
+def _save(
+    found: report.Report, directory: pathlib.Path, name: str, about: Mapping[str, Any], others: Mapping[str, Any],
+    names: tuple[str, str],
+) -> None:  # fmt: skip
+    """Writes the report, and those of its figures that another run has too with both of them, by these names."""
+    report.save(found, directory, name, about)
+    for figure in found.figures:
+        if figure.name in others:
+            both = [{**figure.data, "model": names[0]}, {**others[figure.name], "model": names[1]}]
+            whole.write(directory / f"{figure.name}_compared.json", (json.dumps(both, indent=1) + "\n").encode())
+            figures.draw(both[0], directory / f"{figure.name}_compared.png", both[1])
 
 
 def _run(name: str, model: RunModel, settings: Settings, directory: pathlib.Path) -> report.Report:
@@ -66,7 +97,7 @@ def _run(name: str, model: RunModel, settings: Settings, directory: pathlib.Path
             model, settings.tasks, directory, limit=settings.limit or None,
             folder=pathlib.Path(settings.task_folder) if settings.task_folder else None,
             fewshot=None if settings.fewshot < 0 else settings.fewshot,
-            run_code=settings.run_code,
+            run_code=settings.run_code, run_task_code=settings.run_task_code,
         )  # fmt: skip
     return suite.run(_make(name, model, settings), model, directory)
 
@@ -124,7 +155,7 @@ def _manifest(model: RunModel, settings: Settings) -> Manifest:
 
 def _haystack(model: RunModel, settings: Settings) -> str:
     if settings.haystack:
-        return pathlib.Path(settings.haystack).read_text(encoding="utf-8")
+        return given.text(pathlib.Path(settings.haystack))
     manifest = _manifest(model, settings)
     tokens = Tokens(manifest, "valid")
     ends = document_ends(manifest, "valid")
@@ -138,25 +169,26 @@ def variant_name(delay: int | None, long_term: bool) -> str:
 
 
 def _figures_of(workdir: pathlib.Path, name: str) -> Mapping[str, Any]:
-    """The figures of another run's newest evaluation with this suite, by name."""
-    found = sorted((workdir / "evaluations").glob(f"*/{name}.json"), key=lambda path: int(path.parent.name))
-    if not found:
+    """The figures of another run's newest evaluation with this suite, by name. ValueError where one is damaged."""
+    steps = [path for path in (workdir / "evaluations").glob(f"*/{name}.json") if path.parent.name.isdecimal()]
+    if not steps:
         raise ValueError(
             f"--compare is {str(workdir)!r}, which has no evaluation with the suite {name!r}; make it with "
             f"python -m launch.evaluate --workdir={workdir} --suite={name}"
         )
-    names = json.loads(found[-1].read_text(encoding="utf-8"))["figures"]
-    return {one: json.loads((found[-1].parent / f"{one}.json").read_text(encoding="utf-8")) for one in names}
-
-
-def _compare(figure: report.Figure, others: Mapping[str, Any], directory: pathlib.Path, name: str, other: str) -> None:
-    if figure.name in others:
-        both: Sequence[Mapping[str, Any]] = [
-            {**figure.data, "model": name},
-            {**others[figure.name], "model": other},
-        ]
-        write_whole(directory / f"{figure.name}_compared.json", (json.dumps(both, indent=1) + "\n").encode())
-        figures.draw(both[0], directory / f"{figure.name}_compared.png", both[1])
+    newest = max(steps, key=lambda path: int(path.parent.name))
+    found: dict[str, Any] = {}
+    path = newest
+    try:
+        for one in given.value(given.text(newest), "it")["figures"]:
+            path = newest.with_name(f"{given.string(one)}.json")
+            if path.parent != newest.parent:
+                raise ValueError("it lies in another folder")
+            found[one] = given.value(given.text(path), "it")
+            figures.check(found[one])
+    except given.WRONG_FORM as error:
+        raise ValueError(f"--compare: {str(path)!r} is damaged, evaluate that run again ({error})") from error
+    return found
 
 
 def mesh(fsdp: int, tensor: int) -> MeshConfig:

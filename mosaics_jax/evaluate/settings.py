@@ -25,6 +25,7 @@ SOURCES = {
         "https://catalog.ldc.upenn.edu/LDC2018T24"
     ),
 }
+_FILES, _FOLDERS = ("squad", "hotpot", "haystack"), ("banking77", "goemotions", "tacred", "task_folder")
 _OF_SUITE = {"retrieval": ("squad", "hotpot"), "classification": ("banking77", "goemotions", "tacred")}
 
 
@@ -60,6 +61,7 @@ class Settings:
     task_folder: str = _field("", "harness: folder with further tasks (YAML)", path=True)
     limit: int = _field(0, "harness: examples of each task at most; 0: all")
     fewshot: int = _field(-1, "harness: examples in the prompt; -1: as each task says")
+    run_task_code: bool = _field(False, "harness: let the YAML of --task_folder run Python code, on this machine")
     run_code: bool = _field(False, "harness: let tasks run, on this machine, code that the model wrote")
 
     def __post_init__(self) -> None:
@@ -78,9 +80,8 @@ class Settings:
         for suite, fields in _OF_SUITE.items():
             if suite in self.suite and not (suite == "classification" and self.texts):
                 self._check_data(suite, fields)
-        for field in ("haystack", "task_folder"):
-            if (value := getattr(self, field)) and not pathlib.Path(value).exists():
-                raise ValueError(f"--{field} is {value!r}, which is not there")
+        for field in (*_FILES, *_FOLDERS):
+            self._check_there(field)
         for text in self.texts:
             text_files(text)
 
@@ -91,13 +92,17 @@ class Settings:
                 raise ValueError(f"{what} needs {module}, which is not installed: pip install 'mosaics_jax[eval]'")
 
     def _check_data(self, suite: str, fields: Sequence[str]) -> None:
-        given = {field: getattr(self, field) for field in fields if getattr(self, field)}
-        if not given:
+        if not any(getattr(self, field) for field in fields):
             where = "; ".join(f"--{field}: {SOURCES[field]}" for field in fields)
             raise ValueError(f"the suite {suite!r} has no data; give one or more of {where}")
-        for field, value in given.items():
-            if not pathlib.Path(value).exists():
-                raise ValueError(f"--{field} is {value!r}, which is not there; it is {SOURCES[field]}")
+
+    def _check_there(self, field: str) -> None:
+        """A file, or a folder, whichever is read."""
+        path = pathlib.Path(getattr(self, field))
+        if getattr(self, field) and not (path.is_file() if field in _FILES else path.is_dir()):
+            state = "no file" if field in _FILES else "no folder"
+            what = f"; it is {SOURCES[field]}" if field in SOURCES else ""
+            raise ValueError(f"--{field} is {str(path)!r}, which is {state if path.exists() else 'not there'}{what}")
 
 
 def text_files(text: str) -> tuple[str, pathlib.Path, pathlib.Path]:

@@ -1,5 +1,6 @@
 """What a suite is, and the loop that runs one: batch by batch, each answer on disk before the next is asked for."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mosaics_jax.data.tokenizer import Tokenizer
+from mosaics_jax.evaluate.answers import Answers
 from mosaics_jax.evaluate.model import Model
 from mosaics_jax.evaluate.report import Report
 
@@ -61,17 +63,16 @@ def run(suite: Suite, model: Model, directory: pathlib.Path) -> Report:
 
 
 def answers(suite: Examples, model: Model, directory: pathlib.Path) -> list[dict[str, Any]]:
-    """Answers what `directory`/<suite>.jsonl does not hold yet; the records of all examples, in their order.
+    """Answers what `directory`/<suite>.jsonl does not hold of this model yet; all records, in the examples' order.
 
     Killed at any moment, it goes on after the last whole line. Raises ValueError for an example that is longer than the
-    model can hold, and for a suite without examples.
+    model can hold, and for a suite without examples; OSError where the disk refuses.
     """
     if not len(suite):
         raise ValueError(f"the suite {suite.name!r} has no examples; give it more data or fewer conditions")
-    path = directory / f"{suite.name}.jsonl"
-    records = read_records(path)
+    kept = _kept(suite, model.identity, directory)
     order = []
-    first = jax.process_index() == 0  # every process computes, one writes
+    first = jax.process_index() == 0
     shown = sys.stderr.isatty()
     said = time.monotonic()
     with tqdm(
@@ -79,24 +80,23 @@ def answers(suite: Examples, model: Model, directory: pathlib.Path) -> list[dict
     ) as bar:
         for batch in _batches(suite, model):
             order += [example.key for example in batch]
-            missing = [example for example in batch if example.key not in records]
-            if missing:
-                given = suite.answer(model, missing)
-                records |= {example.key: answer for example, answer in zip(missing, given, strict=True)}
-                if first:
-                    _append(path, [(example.key, records[example.key]) for example in missing])
+            kept.complete({example.key: example for example in batch}, functools.partial(suite.answer, model))
             bar.update(len(batch))
             if first and not shown and time.monotonic() - said > _SECONDS:  # a log has lines instead
                 print(f"{suite.name}: {len(order)} of {len(suite)} examples", file=sys.stderr, flush=True)
                 said = time.monotonic()
-    return [records[key] for key in order]
+    return [kept.known[key] for key in order]
 
 
-def answered(suite: Examples, directory: pathlib.Path) -> list[dict[str, Any]] | None:
+def answered(suite: Examples, identity: str, directory: pathlib.Path) -> list[dict[str, Any]] | None:
     """What `answers` would give where nothing is left to ask, which needs no model; None where something is."""
-    records = read_records(directory / f"{suite.name}.jsonl")
-    keys = [example.key for example in suite.examples()] if records else []
-    return [records[key] for key in keys] if keys and records.keys() >= set(keys) else None
+    known = _kept(suite, identity, directory).known
+    keys = [example.key for example in suite.examples()] if known else []
+    return [known[key] for key in keys] if keys and known.keys() >= set(keys) else None
+
+
+def _kept(suite: Examples, identity: str, directory: pathlib.Path) -> Answers:
+    return Answers(directory / f"{suite.name}.jsonl", identity)
 
 
 def row(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -104,31 +104,10 @@ def row(tokenizer: Tokenizer, text: str) -> np.ndarray:
     return np.array([tokenizer.begin, *tokenizer.encode(text)], np.int32)
 
 
-def digest(text: str) -> str:
-    """Twelve hexadecimal digits that change with the text: a key's part for what is too long to stand in it."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def read_records(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """What was answered before, by key. A last line that was cut short counts as not written, and is removed."""
-    if not path.is_file():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content) and jax.process_index() == 0:
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return {line["key"]: line["record"] for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); move it away to answer again") from error
-
-
-def _append(path: pathlib.Path, records: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"key": key, "record": record}) + "\n" for key, record in records)
+def digest(text: str, *more: Any) -> str:
+    """Twelve hexadecimal digits that change with the text, and with more JSON values: what is too long for a key."""
+    decides = text + "".join(f"\0{json.dumps(one)}" for one in more)
+    return hashlib.sha256(decides.encode()).hexdigest()[:12]
 
 
 def _batches(suite: Examples, model: Model) -> Iterator[list[Example]]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from mosaics_jax.claims import episodes, extension, study, tables
 from mosaics_jax.claims.episodes import TASKS
 from mosaics_jax.claims.questions import Questions, accuracy
 from mosaics_jax.evaluate import suite
+from mosaics_jax.lock import HeldError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -74,6 +76,39 @@ def test_a_study_trains_and_asks_once(tmp_path: pathlib.Path, monkeypatch: pytes
     monkeypatch.setattr(study, "train", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(Questions, "answer", lambda *_: pytest.fail("asked again"))
     assert tables.make(one, one.run()).tables == made.tables
+
+    best = next(iter(one.run().values())).runs[0].run
+    checkpoints = one.folder(best) / "checkpoints"
+    shutil.rmtree(checkpoints / "6")
+    shutil.copytree(checkpoints / "2", checkpoints / "6")  # as if it were trained anew
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        one.run()
+
+
+def test_a_workdir_has_one_writer_and_is_nothing_else(tmp_path: pathlib.Path) -> None:
+    with study.writing(tmp_path / "new"), pytest.raises(HeldError), study.writing(tmp_path / "new"):
+        pass
+    study.Study("recall", tmp_path / "new", changes=SMALL, say=lambda _: None)._claim()
+    with study.writing(tmp_path / "new"):
+        pass
+    for mark in ("manifest.json", "metrics.jsonl", "thesis.tex"):
+        (tmp_path / mark).mkdir()
+        (tmp_path / mark / mark).touch()
+        with pytest.raises(ValueError, match="nothing was written"), study.writing(tmp_path / mark):
+            pass
+        assert [path.name for path in (tmp_path / mark).iterdir()] == [mark]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"3", b"[" * 100_000, b"\xff", b"{}", b'{"budget": "cpu"}'])
+def test_a_damaged_claims_file_is_one_line(content: bytes, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "claims.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"claims.json' is damaged \(.*\); take another --workdir"):
+        study.Study("recall", tmp_path, changes=SMALL, say=lambda _: None)._claim()
+
+
+def test_a_claims_file_of_an_older_version_is_read(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "claims.json").write_text('{"budget": "cpu", "times": "1", "text": "python"}\n')
+    study.Study("recall", tmp_path, changes=SMALL, say=lambda _: None)._claim()
 
 
 def test_a_workdir_is_of_one_size_and_text(tmp_path: pathlib.Path) -> None:

@@ -67,7 +67,7 @@ def test_every_suite_and_again(workdir, data, tmp_path):
             assert (folder / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
             assert json.loads((folder / f"{figure}.json").read_text())["kind"] in ("lines", "heatmap")
     written = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
-    assert len(written) == 4
+    assert len(written) == 5
     three = _evaluate(workdir, *rest)
     assert three.returncode == 0, three.stderr
     assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == written, "nothing was asked again"

@@ -93,6 +93,32 @@ def test_a_second_run_asks_nothing_again(tasks, tmp_path):
     assert harness.run(again, ["own_said"], tmp_path / "kept", folder=tasks) == one
 
 
+def test_a_killed_harness_goes_on_and_keeps_no_pickles(tasks, tmp_path):
+    """By the answers that are there, whoever asked for them; a text's stop strings are not part of its answer."""
+    whole = Scripted(lambda prompt: prompt[4:-1], _sure_of(True))
+    names = ["own_choice", "own_said"]
+    expected = harness.run(whole, names, tmp_path / "whole", folder=tasks)
+    lines = (tmp_path / "whole" / "harness.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 9 * 3 + 3
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"harness.jsonl"}
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "harness.jsonl").write_bytes(b"".join(lines[:-2]) + lines[-2][:30])
+    model = Scripted(lambda prompt: prompt[4:-1], lambda row: pytest.fail("asked again"))
+    assert harness.run(model, names, tmp_path / "killed", folder=tasks) == expected
+    assert model.calls == [2]
+    assert (tmp_path / "killed" / "harness.jsonl").read_bytes() == b"".join(lines)
+    other = Scripted(lambda prompt: "~", _sure_of(False))
+    other.identity = "other"
+    assert _table(harness.run(other, names, tmp_path / "killed", folder=tasks)) != _table(expected)
+
+
+def test_questions_that_are_asked_twice_are_answered_once():
+    model = Scripted(lambda prompt: "one")
+    lm = harness.MosaicLM(model=model)
+    assert lm.generate_until([_request("a", {"max_gen_toks": 20})] * 5) == ["one"] * 5
+    assert model.calls == [1]
+
+
 def _request(*args):
     return types.SimpleNamespace(args=args, arguments=args)
 
@@ -173,5 +199,5 @@ def test_unknown_tasks_and_data_that_cannot_be_had(tasks, tmp_path):
     with pytest.raises(ValueError, match="lm_eval knows no task 'nothing'; legal: its own"):
         harness.run(model, ["nothing"], tmp_path)
     (tasks / "choice.jsonl").unlink()
-    with pytest.raises(ValueError, match="the data of own_choice cannot be had"):
+    with pytest.raises(ValueError, match=r"a task cannot be made, or its data cannot be had .*choice.jsonl"):
         harness.run(model, ["own_choice"], tmp_path, folder=tasks)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from mosaics_jax.config import MeshConfig
-from mosaics_jax.evaluate.model import RunModel
+from mosaics_jax.data.tokenizer import make_tokenizer
+from mosaics_jax.evaluate.model import RunModel, identity
 from mosaics_jax.evaluate.suite import row
 from mosaics_jax.train import train
 
@@ -24,7 +26,7 @@ TEXTS = ["the key", "", "a memory reads a key and the value from the past, which
 @pytest.fixture(scope="module")
 def workdir(corpus, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "tiny"
-    train(helpers.tiny_config(corpus, **{"run.steps": 4, "checkpoint.every": 4}), directory)
+    train(helpers.tiny_config(corpus, **{"run.steps": 4, "checkpoint.every": 2}), directory)
     return directory
 
 
@@ -108,6 +110,43 @@ def test_without_long_term_and_with_another_delay(workdir, rows):
 def test_refused(workdir, change, message):
     with pytest.raises(ValueError, match=message):
         RunModel(workdir, **({"mesh": MeshConfig()} | change))
+
+
+def test_the_identity_is_of_the_weights_and_of_how_they_are_read(workdir, model, tmp_path):
+    found = [identity(workdir, **change) for change in ({}, {"step": 2}, {"delay": 8}, {"long_term": False})]
+    assert len(set(found)) == 4
+    assert found[0] == model.identity == identity(workdir, step=4) == identity(workdir, delay=2)
+    assert found[3] == RunModel(workdir, MeshConfig(), long_term=False).identity
+    moved = tmp_path / "moved"
+    shutil.copytree(workdir, moved)
+    assert identity(moved) == found[0]
+    shutil.rmtree(moved / "checkpoints" / "4")
+    shutil.copytree(moved / "checkpoints" / "2", moved / "checkpoints" / "4")
+    assert identity(moved) == found[1], "the step is not what tells weights apart"
+    for left in moved.rglob("verified.json"):  # nobody came to verify it
+        left.unlink()
+    assert identity(moved) == found[1]
+
+
+def test_a_model_is_what_its_checkpoint_says(workdir, model, rows, tmp_path):
+    """The workdir's own record may be another's by now, and so may its tokenizer."""
+    other = tmp_path / "other"
+    shutil.copytree(workdir, other)
+    record = json.loads((other / "config.json").read_text())
+    record["config"]["model"] |= {"window": 4, "delay_min": 4, "heads": 1}
+    (other / "config.json").write_text(json.dumps(record))
+    again = RunModel(other, MeshConfig(), batch_tokens=1024)
+    assert again.model_config == model.model_config
+    assert again.config == model.config
+    assert again.identity == model.identity
+    np.testing.assert_array_equal(again.losses(rows[2:])[0].loss_T, model.losses(rows[2:])[0].loss_T)
+    shutil.rmtree(other / "tokenizer")
+    make_tokenizer("bpe:258", ["a text of few words " * 9]).save(other / "tokenizer")
+    with pytest.raises(ValueError, match="is not the one that the run was trained with"):
+        RunModel(other, MeshConfig())
+    (other / "checkpoints" / "4" / "record" / "metadata").write_text("{")
+    with pytest.raises(ValueError, match=r"the record of .* is damaged"):
+        RunModel(other, MeshConfig())
 
 
 def test_a_model_without_long_term_memory_has_no_delay_and_nothing_to_remove(corpus, tmp_path):

@@ -15,6 +15,7 @@ from oracles import TOKENIZER, Scripted
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.prepare import prepare
 from mosaics_jax.evaluate import labelled, report, retrieval, suite
+from mosaics_jax.evaluate.answers import Answers
 from mosaics_jax.evaluate.classification import PROMPTS, Classification
 from mosaics_jax.evaluate.fit import most_that_fit
 from mosaics_jax.evaluate.needle import VARIANTS, Needle
@@ -120,7 +121,7 @@ def test_a_question_that_does_not_fit_is_left_out_and_counted(pools, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "is not in the format of SQuAD"),
+        ("[", r"x.json' is not JSON"),
         ('{"data": [{"paragraphs": [{}]}]}', "KeyError 'context'"),
         ('{"data": []}', "holds no question"),
     ],
@@ -222,7 +223,7 @@ def test_classification_oracles(tasks, tmp_path):
     recent = suite.run(made_suite, Scripted(lambda prompt: f" {_lines(prompt)[-1]}\nservice"), tmp_path / "recent")
     in_order = [row for row in _cells(recent) if "in order" in row[2]]
     assert {cell.split(" ± ")[0] for row in in_order for cell in row[3:]} == {"33.3"}
-    for records in ([*suite.read_records(tmp_path / "recent" / "classification.jsonl").values()],):
+    for records in ([*Answers(tmp_path / "recent" / "classification.jsonl", "scripted").known.values()],):
         assert all(r["generated"] == r["ranked"] for r in records if r["delimiter"] == "newline")
 
 
@@ -377,12 +378,6 @@ def test_killed_anywhere_it_goes_on_and_ends_alike(tmp_path):
         assert sorted((folder / "needle.jsonl").read_bytes().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_records_that_are_damaged_are_refused(tmp_path):
-    (tmp_path / "needle.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"needle.jsonl' is damaged .* move it away"):
-        suite.read_records(tmp_path / "needle.jsonl")
-
-
 def test_a_prompt_longer_than_the_model_can_hold_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"needle: single_1 1000 0 \w+ needs \d+ tokens, and --max_length is 500"):
         suite.run(Needle(TOKENIZER, [1000], TEXT, count=1), Scripted(_finder, max_length=500), tmp_path)
@@ -403,6 +398,23 @@ def test_bisection_finds_the_most_that_fits(size):
     assert max(made_lengths) <= 3 * 1234, "no prompt is made that is much longer than the limit"
     with pytest.raises(ValueError, match="the shortest prompt has 2000 tokens, and 1234 are free"):
         most_that_fit(2, 500, 1234, lambda count: np.zeros(count * 1000))
+
+
+def test_data_that_changed_is_asked_anew_though_the_prompts_are_the_same(pools, tmp_path):
+    """A reference, or the label of a text that is asked about, stands in no prompt."""
+
+    def keys(of):
+        return {example.key for example in of.examples()}
+
+    squad = pools["squad"]
+    mended = [question._replace(references=("other",)) for question in squad.questions]
+    one, two = (retrieval.Retrieval({"squad": pool}, TOKENIZER, [700], count=3)
+                for pool in (squad, squad._replace(questions=mended)))  # fmt: skip
+    assert not keys(one) & keys(two)
+    task = labelled.banking77(made.banking(tmp_path / "banking"))
+    other = task._replace(test=[(text, "urgent") for text, _ in task.test])
+    one, two = (Classification([of], TOKENIZER, [1], count=6, labels=["semantic"]) for of in (task, other))
+    assert len(keys(one) & keys(two)) == sum(label == "urgent" for _, label in task.test) * len(PROMPTS)
 
 
 # --- what is written ---
