@@ -9,6 +9,7 @@ python -m launch.prepare --inspect=data/mine --row=17
 """
 
 import os
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -77,8 +78,9 @@ def _prepare() -> None:
             tfds_dir=_TFDS_DIR.value, skip_bad_records=_SKIP.value, workers=workers, progress=shown,
         )  # fmt: skip
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again, it would say so again
         shown.close()
-        print("stopped; the same command goes on from what is done", file=sys.stderr)
+        print("interrupted; the same command goes on from what is done", file=sys.stderr)
         sys.exit(130)
     finally:
         shown.close()

@@ -15,6 +15,7 @@ class Scripted:
     """Answers `say(prompt)`; the options that begin as it says are likeliest; tokens have the losses of `loss(row)`."""
 
     tokenizer = TOKENIZER
+    identity = "scripted"
 
     def __init__(
         self, say: Callable[[str], str] = lambda prompt: "", loss: Callable[[np.ndarray], np.ndarray] | None = None,

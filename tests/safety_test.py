@@ -14,6 +14,7 @@ import helpers
 import numpy as np
 import pytest
 
+from mosaics_jax import whole
 from mosaics_jax.config import DataConfig
 from mosaics_jax.data import prepare as prepare_lib
 from mosaics_jax.data.corpora import Corpora
@@ -155,16 +156,17 @@ def mine(corpus: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def _point_to(corpus: pathlib.Path, file: str) -> None:
-    body = json.loads((corpus / "manifest.json").read_bytes())
+    body = whole.read_json(corpus / "manifest.json")
     body["splits"]["train"]["shards"][0]["file"] = file.format(absolute=corpus.parent)
-    (corpus / "manifest.json").write_text(json.dumps(body))
+    whole.write_json(corpus / "manifest.json", body)
 
 
 @pytest.mark.parametrize("file", OUTSIDE)
 def test_a_manifest_names_files_of_its_own_directory(mine: pathlib.Path, file: str) -> None:
     _point_to(mine, file)
     with pytest.raises(
-        ValueError, match=r"^'.*manifest.json' is not a manifest .*has file .*; prepare the corpus again"
+        ValueError,
+        match=r"^'.*manifest.json' is not a manifest .*has file .*; restore it from a copy, or prepare",
     ):
         Manifest.load(mine)
 
@@ -225,7 +227,7 @@ def test_a_run_that_goes_on_takes_no_name_from_its_work_folder(
 ) -> None:
     go_on = _stop_after_shards(monkeypatch, tmp_path)
     described = tmp_path / "out.partial" / "train-00000.json"
-    described.write_text(json.dumps(json.loads(described.read_bytes()) | {"file": file}))
+    whole.write_json(described, whole.read_json(described) | {"file": file})
     (tmp_path / "secret.tokens").write_bytes(b"mine")
     manifest = go_on()
     assert [shard.file for split in manifest.splits.values() for shard in split.shards] == [

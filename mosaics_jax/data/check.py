@@ -2,15 +2,27 @@
 
 import itertools
 import json
+import os
 import pathlib
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mosaics_jax.data import files
 from mosaics_jax.data.corpora import PACKINGS
-from mosaics_jax.data.corpus import AGAIN, FILES, SKIPPED, Manifest, Shard, Split, checksums, length_counts
+from mosaics_jax.data.corpus import (
+    AGAIN,
+    FILES,
+    SKIPPED,
+    Manifest,
+    Shard,
+    Split,
+    checksums,
+    length_counts,
+    shard_document_ends,
+)
 from mosaics_jax.data.inputs import suffixes
 from mosaics_jax.data.packing import BestFitRows
 from mosaics_jax.data.source import fields
@@ -18,6 +30,8 @@ from mosaics_jax.data.tokenizer import Tokenizer, continuation, load_tokenizer
 
 _PIECE_TOKENS = 1 << 22
 _SHOWN = 300
+_SKIPPED_LEGAL = [frozenset({"where", "why"})]
+_FILES_LEGAL = [frozenset({"path", "read"}), frozenset({"path", "left_out"})]
 
 
 def problems(manifest: Manifest) -> Iterator[str]:
@@ -26,9 +40,7 @@ def problems(manifest: Manifest) -> Iterator[str]:
     Reads all of it, a few MB at a time.
     """
     try:
-        tokenizer = load_tokenizer(manifest.tokenizer_directory)
-        if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-            yield f"{str(manifest.tokenizer_directory)!r} is not the tokenizer that the shards were made with"
+        _tokenizer_of(manifest)
     except ValueError as error:
         yield str(error)
     for name, split in manifest.splits.items():
@@ -42,6 +54,16 @@ def problems(manifest: Manifest) -> Iterator[str]:
             yield from _count_problems(name, split, lengths)
     for folder in sorted(manifest.directory.glob("packing-*")):
         yield from _plan_problems(manifest, folder)
+    yield from _list_problems(manifest)
+
+
+def _tokenizer_of(manifest: Manifest) -> Tokenizer:
+    """The corpus's tokenizer. ValueError where another lies in its place."""
+    tokenizer = load_tokenizer(manifest.tokenizer_directory)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        where = str(manifest.tokenizer_directory)
+        raise ValueError(f"{where!r} is not the tokenizer that the shards were made with; {AGAIN}")
+    return tokenizer
 
 
 def _shard_problems(manifest: Manifest, shard: Shard, lengths: Counter[int]) -> Iterator[str]:
@@ -51,9 +73,8 @@ def _shard_problems(manifest: Manifest, shard: Shard, lengths: Counter[int]) -> 
             blocks, sha256 = checksums(stream)
         size = path.stat().st_size
         sums = (manifest.directory / shard.checksums_file).read_bytes()
-        ends = np.fromfile(manifest.directory / shard.documents_file, "<u8").astype(np.int64)
     except OSError as error:
-        problem = files.cannot_read(error.filename, error, AGAIN)
+        problem = files.cannot_read(error.filename or path, error, AGAIN)
         if not isinstance(problem, ValueError):
             raise problem from error
         yield str(problem)
@@ -65,10 +86,12 @@ def _shard_problems(manifest: Manifest, shard: Shard, lengths: Counter[int]) -> 
         yield f"shard {str(path)!r} has sha256 {sha256}, the manifest says {shard.sha256}; {AGAIN}"
     if blocks != sums:
         yield f"{str(manifest.directory / shard.checksums_file)!r} does not match its shard; {AGAIN}"
-    sizes = np.diff(ends, prepend=0)
-    if len(ends) != shard.documents or sizes.min(initial=2) < 2 or int(ends[-1] if len(ends) else 0) != shard.tokens:
-        yield f"{str(manifest.directory / shard.documents_file)!r} does not match its shard; {AGAIN}"
+    try:
+        ends = shard_document_ends(manifest, shard)
+    except ValueError as error:
+        yield str(error)
         return
+    sizes = np.diff(ends, prepend=0)
     if len(ends):
         yield from _content_problems(manifest, path, ends, ends - sizes)
     lengths.update(length_counts(sizes))
@@ -101,6 +124,9 @@ def _count_problems(name: str, split: Split, lengths: dict[int, int]) -> Iterato
 
 
 def _plan_problems(manifest: Manifest, folder: pathlib.Path) -> Iterator[str]:
+    if not re.fullmatch("packing-[1-9][0-9]{0,9}", folder.name):
+        yield f"{str(folder)!r} is not named as a plan is, packing-CONTEXT; move it away"
+        return
     try:
         context = int(folder.name.removeprefix("packing-"))
         for split in manifest.splits:
@@ -142,7 +168,7 @@ def describe_row(manifest: Manifest, split: str, row: int, context: int, packing
     if not 0 <= row < len(rows):
         raise ValueError(f"row is {row}; legal: 0 to {len(rows) - 1} of split {split!r} at context {context}")
     batch = fields(rows[row], manifest.begin)
-    tokenizer = load_tokenizer(manifest.tokenizer_directory)
+    tokenizer = _tokenizer_of(manifest)
     edges = [0, *(np.flatnonzero(np.diff(batch.document)) + 1).tolist(), context]
     lines = [
         f"row {row} of {len(rows):,}, split {split}, context {context}, {packing}: {len(edges) - 1} pieces, "
@@ -171,9 +197,9 @@ def _shortened(tokenizer: Tokenizer, ids: np.ndarray) -> str:
 def files_read(manifest: Manifest) -> list[str]:
     """What of its input was read, and as what, and what was left out, in a few lines; files.jsonl has all."""
     path = manifest.directory / FILES
-    if not path.exists():
+    found = _records(path, _FILES_LEGAL)
+    if not found:
         return []
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kinds = Counter(_kind(pathlib.Path(one["path"]), one["read"]) for one in found if "read" in one)
     number = f"{kinds.total():,} file{'s' if kinds.total() != 1 else ''}"
     lines = [f"read {number}: {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(8))}"]
@@ -194,8 +220,41 @@ def _kind(path: pathlib.Path, read: str) -> str:
 
 def skipped_records(manifest: Manifest) -> list[str]:
     """A line for each record that was left out."""
-    path = manifest.directory / SKIPPED
-    if not path.exists():
+    return [f"{record['where']} {record['why']}" for record in _records(manifest.directory / SKIPPED, _SKIPPED_LEGAL)]
+
+
+def _list_problems(manifest: Manifest) -> Iterator[str]:
+    """Of the lists beside the shards, which no row depends on."""
+    try:
+        _records(manifest.directory / FILES, _FILES_LEGAL)
+        skipped = len(_records(manifest.directory / SKIPPED, _SKIPPED_LEGAL))
+    except ValueError as error:
+        yield str(error)
+        return
+    if skipped != (expected := manifest.skipped.get("broken", 0)):
+        yield f"{str(manifest.directory / SKIPPED)!r} lists {skipped} records, the manifest says {expected}; {AGAIN}"
+
+
+def _records(path: pathlib.Path, legal: Sequence[frozenset[str]]) -> list[dict[str, str]]:
+    """The lines of a list: objects of strings, with the fields of one of `legal`; none where there is no such file.
+
+    Raises ValueError for a line that is something else.
+    """
+    if not os.path.lexists(path):
         return []
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [f"{record['where']} {record['why']}" for record in records]
+    found: list[dict[str, str]] = []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise files.cannot_read(path, error, AGAIN) from error
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        texts = isinstance(record, dict) and all(isinstance(value, str) for value in record.values())
+        if not texts or frozenset(record) not in legal:
+            kinds = " or ".join(" and ".join(sorted(names)) for names in legal)
+            raise ValueError(f"line {number} of {str(path)!r} is no object with {kinds}; {AGAIN}")
+        found.append(record)
+    return found

@@ -9,13 +9,13 @@ import re
 import reprlib
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from mosaics_jax import paths
-from mosaics_jax.data import files
+from mosaics_jax import paths, whole
+from mosaics_jax.data import files, legal
 
 MANIFEST = "manifest.json"
 SKIPPED = "skipped.jsonl"
@@ -23,19 +23,26 @@ FILES = "files.jsonl"
 SPLITS = ("train", "valid")
 BLOCK = 1 << 14
 _FORMAT = "mosaics_jax tokens"
-_VERSION = 2
+# Version 2 had no digest, and nothing told whether its .documents files were damaged.
+_VERSION, _BEFORE = 3, 2
 _REMEDY = "run `python -m launch.prepare --output=DIR` to make one"
 AGAIN = "restore it from a copy, or prepare the corpus again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of little-endian token ids, and nothing else in it; whole documents."""
+    """A file of little-endian token ids, and nothing else in it; whole documents.
+
+    Attributes:
+      sha256: of the file.
+      documents_sha256: of `documents_file`; "" in a corpus of version 2, which did not keep it.
+    """
 
     file: str
     tokens: int
     documents: int
     sha256: str
+    documents_sha256: str = ""
 
     @property
     def checksums_file(self) -> str:
@@ -97,7 +104,11 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """sha256 of what rows are made of: equal for the same tokens in the same shards, wherever they lie."""
-        shards = {name: [dataclasses.astuple(s) for s in split.shards] for name, split in sorted(self.splits.items())}
+        # Without documents_sha256: where documents end stands in the tokens too, and older corpora keep theirs.
+        shards = {
+            name: [(shard.file, shard.tokens, shard.documents, shard.sha256) for shard in split.shards]
+            for name, split in sorted(self.splits.items())
+        }
         parts = [shards, self.tokenizer_fingerprint, self.dtype, self.vocabulary, self.begin, self.end]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -128,9 +139,7 @@ class Manifest:
         """Writes `directory`/manifest.json; ends in a rename, so that a manifest is whole or absent."""
         body = {"format": _FORMAT, "version": _VERSION} | dataclasses.asdict(self)
         del body["directory"]
-        content = json.dumps(body, indent=2, ensure_ascii=False) + "\n"
-        # Names of files need not be UTF-8; what is not becomes an escape of JSON.
-        write_whole(self.directory / MANIFEST, content.encode(errors="backslashreplace"))
+        write_sealed(self.directory / MANIFEST, body)
 
     @classmethod
     def load(cls, directory: str | pathlib.Path) -> "Manifest":
@@ -141,26 +150,28 @@ class Manifest:
         if not os.path.isfile(path):
             raise ValueError(f"no prepared corpus: {str(directory)!r} holds no {MANIFEST}; {_REMEDY}")
         try:
-            return _manifest_from(path.parent, json.loads(path.read_bytes()))
-        except (OSError, ValueError, RecursionError) as error:
+            return _manifest_from(path.parent, whole.load_json(path))
+        except OSError as error:
+            raise files.cannot_read(path, error, AGAIN) from error
+        except (ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{str(path)!r} is not a manifest ({type(error).__name__}: {reason}); prepare the corpus again"
-            ) from error
+            raise ValueError(f"{str(path)!r} is not a manifest ({reason}); {AGAIN}") from error
 
 
-def _manifest_from(directory: pathlib.Path, body: Any) -> Manifest:
+def _manifest_from(directory: pathlib.Path, sealed: Any) -> Manifest:
     """ValueError for anything that `Manifest.save` does not write."""
-    if not isinstance(body, dict):
-        raise ValueError(f"a {type(body).__name__}; legal: an object")
-    if (found := (body.get("format"), body.get("version"))) != (_FORMAT, _VERSION):
+    body = whole.opened(sealed)
+    if (found := (body.get("format"), body.get("version"))) not in ((_FORMAT, _VERSION), (_FORMAT, _BEFORE)):
         raise ValueError(f"format {reprlib.repr(found)}, this version reads {(_FORMAT, _VERSION)}")
+    if body["version"] != _BEFORE and whole.DIGEST not in sealed:
+        raise ValueError(f"it lacks the field {whole.DIGEST!r}")
     body = {name: value for name, value in body.items() if name not in ("format", "version")}
-    made = _checked(Manifest, body | {"directory": directory}, "it", {
-        "dtype": lambda value: value in ("uint16", "uint32"), "vocabulary": _id, "begin": _id, "end": _id,
-        "tokenizer_kind": _text, "tokenizer_fingerprint": _text, "splits": _mapping, "skipped": _counts,
-        "arguments": _mapping, "command": lambda value: isinstance(value, str),
-        "note": _text,
+    made = legal.checked(Manifest, body | {"directory": directory}, "it", {
+        "dtype": lambda value: value in ("uint16", "uint32"),
+        "vocabulary": legal.token_id, "begin": legal.token_id, "end": legal.token_id,
+        "tokenizer_kind": legal.text, "tokenizer_fingerprint": legal.text, "splits": legal.mapping,
+        "skipped": legal.counts, "arguments": legal.mapping, "command": lambda value: isinstance(value, str),
+        "note": legal.text,
     })  # fmt: skip
     if sorted(made.splits) != sorted(SPLITS):
         raise ValueError(f"splits {reprlib.repr(list(made.splits))}; legal: {', '.join(SPLITS)}")
@@ -168,10 +179,13 @@ def _manifest_from(directory: pathlib.Path, body: Any) -> Manifest:
 
 
 def _split_from(body: Any, name: str) -> Split:
-    made = _checked(Split, body, f"split {name!r}", {
-        "documents": _count, "tokens": _count, "bytes": _count, "shards": lambda value: isinstance(value, list),
+    made = legal.checked(Split, body, f"split {name!r}", {
+        "documents": legal.count, "tokens": legal.count, "bytes": legal.count,
+        "shards": lambda value: isinstance(value, list),
         "bigram_entropy": lambda value: isinstance(value, int | float) and 0 <= value <= 8,
-        "document_lengths": lambda value: _counts(value) and all(map(re.compile("[1-9][0-9]{0,18}").fullmatch, value)),
+        "document_lengths": lambda value: (
+            legal.counts(value) and all(map(re.compile("[1-9][0-9]{0,18}").fullmatch, value))
+        ),
     })  # fmt: skip
     shards = tuple(shard_from(shard, name) for shard in made.shards)
     lengths = {int(power): count for power, count in made.document_lengths.items()}
@@ -180,58 +194,26 @@ def _split_from(body: Any, name: str) -> Split:
 
 def shard_from(body: Any, split: str) -> Shard:
     """The shard that `body`, read from a file, describes. ValueError where it is none, or its file lies elsewhere."""
-    return _checked(Shard, body, f"a shard of split {split!r}", {
+    return legal.checked(Shard, body, f"a shard of split {split!r}", {
         # A name of the directory's own: no folder, no NUL, nothing that a file system reads in a way of its own.
-        "file": lambda value: _text(value) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.tokens", value),
-        "tokens": _count, "documents": _count, "sha256": lambda value: _text(value) and len(value) == 64,
+        "file": lambda value: legal.text(value) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}\.tokens", value),
+        "tokens": legal.count, "documents": legal.count, "sha256": legal.sha256,
+        "documents_sha256": lambda value: value == "" or legal.sha256(value),
     })  # fmt: skip
-
-
-def _checked[Kind](kind: type[Kind], body: Any, where: str, legal: Mapping[str, Callable[[Any], Any]]) -> Kind:
-    """`kind(**body)`. ValueError naming the first field that is missing, unknown or not as `legal` says."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(body, dict):
-        raise ValueError(f"{where} is {reprlib.repr(body)}; legal: an object with {', '.join(fields)}")
-    for name in body:
-        if name not in fields:
-            raise ValueError(f"{where} has a field {reprlib.repr(name)}; legal: {', '.join(fields)}")
-    for name, field in fields.items():
-        if name not in body and field.default is dataclasses.MISSING:
-            raise ValueError(f"{where} lacks the field {name!r}")
-        if name in body and name in legal and not legal[name](body[name]):
-            raise ValueError(f"{where} has {name} {reprlib.repr(body[name])}, which `prepare` never writes")
-    return kind(**body)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
-
-
-def _mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**60  # times the bytes of a token, an offset in a file
-
-
-def _id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31  # read as int32
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_text, value)) and all(map(_count, value.values()))
 
 
 def shard_document_ends(manifest: Manifest, shard: Shard) -> np.ndarray:
     """Where each document of a shard ends, in tokens from its beginning. ValueError if the file is not the shard's."""
     path = manifest.directory / shard.documents_file
     try:
-        ends = np.fromfile(path, "<u8").astype(np.int64)
+        content = path.read_bytes()
     except OSError as error:
         raise files.cannot_read(path, error, AGAIN) from error
+    if shard.documents_sha256 not in ("", hashlib.sha256(content).hexdigest()) or len(content) != 8 * shard.documents:
+        raise ValueError(f"{str(path)!r} is not what was written; {AGAIN}")
+    ends = np.frombuffer(content, "<u8").astype(np.int64)
     sizes = np.diff(ends, prepend=0)
-    if len(ends) != shard.documents or sizes.min(initial=2) < 2 or int(sizes.sum()) != shard.tokens:
+    if sizes.min(initial=2) < 2 or int(sizes.sum()) != shard.tokens:
         raise ValueError(f"{str(path)!r} does not match its shard; {AGAIN}")
     return ends
 
@@ -264,15 +246,17 @@ def length_counts(lengths: np.ndarray) -> Counter[int]:
 
 def write_whole(path: pathlib.Path, content: bytes) -> None:
     """Writes a file that is whole or absent. ValueError, naming it, where the disk refuses."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with draft.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
+        whole.write(path, content)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def write_sealed(path: pathlib.Path, body: Mapping[str, Any]) -> None:
+    """Writes a JSON file with its own digest. ValueError, naming it, where the disk refuses."""
+    try:
+        whole.write_json(path, body)
+    except OSError as error:
         raise cannot_write(path, error) from error
 
 

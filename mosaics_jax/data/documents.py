@@ -1,9 +1,11 @@
 """The documents of a unit of work, in order, in parts of bounded size: memory does not grow with a file."""
 
 import codecs
+import itertools
 import json
 import pathlib
 import re
+import reprlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,7 +14,7 @@ from mosaics_jax.data.files import Advance, guarded, open_plain
 from mosaics_jax.data.inputs import Unit
 
 MOST_RECORD_BYTES = 1 << 25
-_PART_BYTES = 1 << 22
+PART_BYTES = 1 << 22
 _MOST_HELD = 1 << 23  # characters
 
 
@@ -56,15 +58,15 @@ def read_parts(unit: Unit, text_field: str, record_format: str, advance: Advance
 def _read_text(unit: Unit, advance: Advance) -> Iterator[Part | Broken]:
     path = pathlib.Path(unit.path)
     with open_plain(path, advance) as stream:
-        start = guarded(path, lambda: stream.read(_PART_BYTES + 1))
-        if len(start) <= _PART_BYTES:
+        start = guarded(path, lambda: stream.read(PART_BYTES + 1))
+        if len(start) <= PART_BYTES:
             yield as_document(start, f"{str(path)!r}")
             return
     # Too long for one part: a first reading, so that a document is not found broken when half of it is written.
     with open_plain(path, lambda size: None) as stream:
         decoder, seen = codecs.getincrementaldecoder("utf-8")(), 0
         while True:
-            content = guarded(path, lambda: stream.read(_PART_BYTES))
+            content = guarded(path, lambda: stream.read(PART_BYTES))
             try:
                 decoder.decode(content, final=not content)
             except UnicodeDecodeError as error:
@@ -81,7 +83,7 @@ def _read_text(unit: Unit, advance: Advance) -> Iterator[Part | Broken]:
 def _cut(path: pathlib.Path, stream: BinaryIO) -> Iterator[Part]:
     """The text of a long file, cut where no tokenizer of ours changes an id, and in words of over 8 M characters."""
     decoder, held = codecs.getincrementaldecoder("utf-8")(), ""
-    while content := guarded(path, lambda: stream.read(_PART_BYTES)):
+    while content := guarded(path, lambda: stream.read(PART_BYTES)):
         held += decoder.decode(content)
         cut = 0
         for tail in (1 << 10, 1 << 16, len(held)):
@@ -128,7 +130,7 @@ def from_json(line: bytes, text_field: str, where: str) -> Part | Broken:
     if not isinstance(record, dict):
         return Broken(where, f"is not {what}")
     if text_field not in record:
-        found = ", ".join(map(repr, list(record)[:8]))
+        found = ", ".join(map(reprlib.repr, itertools.islice(record, 8)))
         return Broken(where, f"is not {what}; its fields are {found or 'none'} (--text_field names another)")
     return from_text(record[text_field], where, what)
 
@@ -140,38 +142,40 @@ def _read_jsonl(unit: Unit, text_field: str, advance: Advance) -> Iterator[Part 
         if unit.start:
             # The line that holds the byte before the range belongs to the range before.
             stream.seek(unit.start - 1)
-            place = unit.start - 1 + sum(map(len, _line(path, stream)))
+            place = unit.start - 1 + _line(path, stream)[1]
         first = place
         while unit.stop is None or place < unit.stop:
-            line = list(_line(path, stream))
-            if not line:
+            line, size = _line(path, stream)
+            if not size:
                 return
             number += 1
-            place += sum(map(len, line))
-            if len(line) > 1:
+            place += size
+            if size > len(line):
                 found: Part | Broken = Broken("", f"is longer than {MOST_RECORD_BYTES:,} bytes")
-            elif not line[0].strip():
+            elif not line.strip():
                 continue
             else:
-                found = from_json(line[0], text_field, "")
+                found = from_json(line, text_field, "")
             if isinstance(found, Broken):
                 found = Broken(f"'{path}:{_lines_before(path, first) + number}'", found.why)
             yield found
 
 
-def _line(path: pathlib.Path, stream: BinaryIO) -> Iterator[bytes]:
-    """The next line, in one piece, or in several where it is too long for a record; of those only sizes matter."""
-    while piece := guarded(path, lambda: stream.readline(MOST_RECORD_BYTES)):
-        yield piece if len(piece) < MOST_RECORD_BYTES else bytes(len(piece))
-        if piece.endswith(b"\n"):
-            return
+def _line(path: pathlib.Path, stream: BinaryIO) -> tuple[bytes, int]:
+    """The next line and its size, which is larger than what is there of it where it is too long for a record."""
+    line = piece = guarded(path, lambda: stream.readline(MOST_RECORD_BYTES))
+    size = len(line)
+    while len(piece) == MOST_RECORD_BYTES and not piece.endswith(b"\n"):
+        line, piece = b"", guarded(path, lambda: stream.readline(MOST_RECORD_BYTES))
+        size += len(piece)
+    return line, size
 
 
 def _lines_before(path: pathlib.Path, place: int) -> int:
     """Line ends before byte `place`: counted only where a message needs it."""
     count = 0
     with path.open("rb") as stream:
-        while place > 0 and (piece := stream.read(min(place, _PART_BYTES))):
+        while place > 0 and (piece := stream.read(min(place, PART_BYTES))):
             count += piece.count(b"\n")
             place -= len(piece)
     return count

@@ -5,24 +5,20 @@ import errno
 import functools
 import gzip
 import io
-import lzma
 import os
 import pathlib
 import resource
 import threading
 import weakref
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-import zstandard
+from mosaics_jax.data.unpacked import DAMAGE, TooLargeError, unpacked_xz, unpacked_zst
 
 # Called with how many more bytes of a file have been read.
 Advance = Callable[[int], None]
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
-# What the decompressors raise for a file that is damaged or is not of its suffix's format.
-_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _MOST_OPEN = 1 << 16
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
@@ -112,7 +108,7 @@ def close_all(handles: Any) -> None:
 def guarded(path: pathlib.Path, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise damaged(path, error) from error
 
 
@@ -120,7 +116,10 @@ def damaged(path: pathlib.Path | str, error: Exception) -> ValueError:
     """What to raise for a file that a user gave."""
     if isinstance(error, OSError) and error.errno is not None:
         return ValueError(f"{str(path)!r} cannot be read ({meaning(error)})")
-    return ValueError(f"{str(path)!r} cannot be read ({error}); the file is damaged or not what its suffix says")
+    reason = " ".join(str(error).split())
+    if isinstance(error, TooLargeError):
+        return ValueError(f"{str(path)!r} cannot be read: {reason}")
+    return ValueError(f"{str(path)!r} cannot be read ({reason}); the file is damaged or not what its suffix says")
 
 
 @contextlib.contextmanager
@@ -136,9 +135,9 @@ def open_plain(path: pathlib.Path, advance: Advance) -> Iterator[BinaryIO]:
             case ".gz":
                 stream = gzip.open(raw)  # noqa: SIM115 (closed below)
             case ".xz":
-                stream = lzma.open(raw)  # noqa: SIM115
+                stream = unpacked_xz(raw)
             case ".zst":
-                stream = io.BufferedReader(_ZstdFile(raw))
+                stream = unpacked_zst(raw)
         with stream:
             yield stream
 
@@ -152,39 +151,3 @@ class _Counted(io.FileIO):
         size = super().readinto(buffer)
         self._advance(size or 0)
         return size or 0
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a .zst file; EOFError if it is cut short, where zstandard's own reader would just stop."""
-
-    # A frame says how far back it looks (`zstd --long=31` at most), and only so much memory is taken.
-    _WINDOW = 1 << 31
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._compressed or self._file.read(1 << 14)
-            if not data:
-                if self._frame:
-                    raise EOFError("it ends inside a compressed frame")
-                return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=self._WINDOW).decompressobj()
-            self._ready, self._compressed = memoryview(self._frame.decompress(data)), b""
-            if self._frame.eof:
-                self._compressed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

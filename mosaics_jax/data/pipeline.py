@@ -13,6 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from mosaics_jax.data import pool
 from mosaics_jax.data.source import Batch, fields
 
 _FOR_EVER = 1 << 60
@@ -95,7 +96,11 @@ def _read_ahead(
     alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
     # Rows are two fifths of the fields' bytes, and going between the processes costs more than making fields.
-    return rows.to_iter_dataset(alone).mp_prefetch(options).map(make_fields)
+    return rows.to_iter_dataset(alone).mp_prefetch(options, _belong).map(make_fields)
+
+
+def _belong(worker: int, workers: int) -> None:
+    pool.belong()
 
 
 def _drain(dataset: grain.IterDataset) -> Iterator[Batch]:
@@ -103,7 +108,11 @@ def _drain(dataset: grain.IterDataset) -> Iterator[Batch]:
     # An iterator still open when the interpreter ends is closed while Grain's modules are whole.
     atexit.register(iterator.close)
     try:
-        yield from iterator
+        with pool.interrupts_wait():  # processes are started here
+            first = next(iterator, None)
+        if first is not None:
+            yield first
+            yield from iterator
     finally:
         atexit.unregister(iterator.close)
         iterator.close()

@@ -74,7 +74,7 @@ class Pool:
         try:
             while True:
                 while len(waiting) < 4 * self._workers and (one := next(rest, None)) is not None:
-                    with _interrupts_wait():
+                    with interrupts_wait():
                         waiting.append(self._executor.submit(_run, task, one))
                 if not waiting:
                     break
@@ -114,7 +114,7 @@ class Pool:
 
 
 @contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
+def interrupts_wait() -> Iterator[None]:
     """A process that is started meanwhile hears no Ctrl-C before it ignores it; this one hears it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -124,14 +124,18 @@ def _interrupts_wait() -> Iterator[None]:
 
 
 def _begin(tokenizer: pathlib.Path, counters: Any, shared: Any) -> None:
-    """In a new process. It ends with the one that made it, and leaves Ctrl-C to that one."""
+    belong()
+    _Worker.counters = counters
+    _Worker.held = load_tokenizer(tokenizer) if shared is None else shared
+
+
+def belong() -> None:
+    """In a new process: it ends with the one that made it, and leaves Ctrl-C to that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _Worker.counters = counters
-    _Worker.held = load_tokenizer(tokenizer) if shared is None else shared
 
 
 def _end_with(parent: Any) -> None:

@@ -18,9 +18,9 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 
-from mosaics_jax import paths
+from mosaics_jax import paths, whole
 from mosaics_jax.data.bpe import READING
-from mosaics_jax.data.corpus import FILES, MANIFEST, SKIPPED, SPLITS, Manifest, Split, write_whole
+from mosaics_jax.data.corpus import FILES, MANIFEST, SKIPPED, SPLITS, Manifest, Split, cannot_write, write_whole
 from mosaics_jax.data.documents import Broken, read_parts
 from mosaics_jax.data.inputs import PYTHON_CORPUS, Found, Unit, find_units
 from mosaics_jax.data.pool import Pool
@@ -29,9 +29,10 @@ from mosaics_jax.data.splits import assigned, other_rule
 from mosaics_jax.data.stage import Reading, Stage, stage_name, token_type, write_stage
 from mosaics_jax.data.tables import RECORD_FORMATS
 from mosaics_jax.data.tokenizer import Tokenizer, make_tokenizer
-from mosaics_jax.data.workplace import Progress, Settings, UnusableError, workplace
+from mosaics_jax.data.workplace import SETTINGS, Progress, Settings, UnusableError, workplace
 
 _MOST_WORKERS = 1024
+_MOST_BROKEN = 100_000  # each is listed, and held in memory until it is
 
 
 def prepare(
@@ -87,14 +88,19 @@ def prepare(
         )  # fmt: skip
         manifest.save()
         _clear(manifest)
-        os.rename(partial, target)
+        try:
+            os.rename(partial, target)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+        (target / SETTINGS).unlink()  # the last: a run that is killed before the rename finds its workplace again
+        whole.keep_names(target.parent)
     return dataclasses.replace(manifest, directory=target)
 
 
 def _clear(manifest: Manifest) -> None:
     """Removes what only the making needed, and shards of another layout that a stopped run had begun."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    kept = {MANIFEST, SKIPPED, FILES, manifest.tokenizer_directory.name}
+    kept = {MANIFEST, SKIPPED, FILES, SETTINGS, manifest.tokenizer_directory.name}
     kept |= {name for shard in shards for name in (shard.file, shard.checksums_file, shard.documents_file)}
     for path in manifest.directory.iterdir():
         if path.name not in kept:
@@ -107,8 +113,8 @@ def _check(settings: Settings, skip_bad_records: int, workers: int) -> None:
     for name, value in (("shard_tokens", settings.shard_tokens), ("max_bytes", settings.max_bytes)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; legal: an integer of 1 or more")
-    if skip_bad_records < 0:
-        raise ValueError(f"skip_bad_records is {skip_bad_records}; legal: an integer of 0 or more")
+    if not 0 <= skip_bad_records <= _MOST_BROKEN:
+        raise ValueError(f"skip_bad_records is {skip_bad_records}; legal: 0 to {_MOST_BROKEN}")
     if not 0 <= workers <= _MOST_WORKERS:
         raise ValueError(f"workers is {workers}; legal: 0 to {_MOST_WORKERS}")
     if settings.record_format not in RECORD_FORMATS:
@@ -228,7 +234,7 @@ def _stage_task(
 
 
 def _skipped(stages: list[Stage], folder: pathlib.Path) -> dict[str, int]:
-    lines = [json.dumps({"where": w, "why": y}) + "\n" for stage in stages for w, y in stage.broken]
+    lines = [json.dumps({"where": where, "why": why}) + "\n" for stage in stages for where, why in stage.broken]
     write_whole(folder / SKIPPED, "".join(lines).encode())
     return {
         "empty": sum(stage.empty for stage in stages),

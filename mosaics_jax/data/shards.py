@@ -14,12 +14,14 @@ import json
 import operator
 import os
 import pathlib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from mosaics_jax import whole
 from mosaics_jax.data.corpus import (
     SPLITS,
     Shard,
@@ -28,6 +30,7 @@ from mosaics_jax.data.corpus import (
     checksums,
     length_counts,
     shard_from,
+    write_sealed,
     write_whole,
 )
 from mosaics_jax.data.permutation import permutation_key, permute
@@ -135,22 +138,23 @@ def write_shard(layout: Layout, number: int, folder: pathlib.Path, progress: Cal
         raise cannot_write(folder / f"{name}.tokens", error) from error
     finally:
         draft.unlink(missing_ok=True)
-    shard = Shard(f"{name}.tokens", int(lengths.sum()), len(lengths), sha256)
+    ends = np.cumsum(lengths).astype("<u8").tobytes()
+    shard = Shard(f"{name}.tokens", int(lengths.sum()), len(lengths), sha256, hashlib.sha256(ends).hexdigest())
     write_whole(folder / shard.checksums_file, blocks)
-    write_whole(folder / shard.documents_file, np.cumsum(lengths).astype("<u8").tobytes())
+    write_whole(folder / shard.documents_file, ends)
     made = vars(shard) | {"lengths": {str(power): count for power, count in length_counts(lengths).items()}}
-    write_whole(description, json.dumps(made | {"layout": layout.identity}).encode())
+    write_sealed(description, made | {"layout": layout.identity})
     return made
 
 
 def _found(description: pathlib.Path, layout: Layout) -> dict | None:
     """What `write_shard` returned for this shard before; None where it did not, or not for this layout."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        made = json.loads(description.read_bytes())
+        made = whole.read_json(description)
         lengths = {str(int(power)): operator.index(count) for power, count in made.pop("lengths").items()}
         same = made.pop("layout") == layout.identity
         shard = shard_from(made, layout.split)
-        if same and shard.file == f"{description.stem}.tokens":
+        if same and shard.documents_sha256 and shard.file == f"{description.stem}.tokens":
             return vars(shard) | {"lengths": lengths}
     return None
 
@@ -167,31 +171,37 @@ def _copy_documents(layout: Layout, number: int, out: int, progress: Callable[[i
     stage_of = np.searchsorted(begins, order[by_input], side="right") - 1
     edges = np.flatnonzero(np.diff(stage_of, prepend=-1, append=-1))
     runs = [(int(stage_of[a]), by_input[a:b]) for a, b in itertools.pairwise(edges.tolist())]
-    places = np.empty((len(order), 2), np.uint64)
-    for index, mine in runs:
-        places[mine] = layout.stages[index].documents_of(layout.split)[order[mine] - begins[index]]
+    places = np.empty((len(order), 3), np.uint64)
     size = layout.dtype.itemsize
-    if int(places.max(initial=0)) * size > max(os.path.getsize(stage.path) for stage in layout.stages):
-        folder = os.path.dirname(layout.stages[0].path)
-        raise ValueError(f"a stage file in {folder!r} names places past its end; remove that folder and prepare again")
+    for index, mine in runs:
+        stage = layout.stages[index]
+        places[mine] = stage.documents_of(layout.split)[order[mine] - begins[index]]
+        if int(places[mine, :2].max()) * size > os.path.getsize(stage.path):
+            raise stage.damaged()
     lengths = places[:, 1].astype(np.int64)
     targets = np.cumsum(lengths) - lengths
     for index, mine in runs:
-        with open(layout.stages[index].path, "rb") as stream:
+        stage = layout.stages[index]
+        with open(stage.path, "rb") as stream:
             for j in mine:
-                _copy(stream.fileno(), int(places[j, 0]) * size, out, int(targets[j]) * size, int(lengths[j]) * size)
+                begin, length, known = map(int, places[j])
+                if _copy(stream.fileno(), begin * size, out, int(targets[j]) * size, length * size) != known:
+                    raise stage.damaged()
         progress(int(lengths[mine].sum()))
     return lengths
 
 
-def _copy(source: int, start: int, target: int, place: int, size: int) -> None:
-    """Copies `size` bytes between open files, at most 16 MiB of them in memory."""
+def _copy(source: int, start: int, target: int, place: int, size: int) -> int | None:
+    """Copies `size` bytes between open files, at most 16 MiB of them in memory; their CRC-32, or None if some lack."""
+    found = 0
     while size:
         piece = os.pread(source, min(size, 1 << 24), start)
         if not piece:
-            raise ValueError(f"a stage file ends {size} bytes early; remove its folder and prepare again")
+            return None
+        found = zlib.crc32(piece, found)
         view = memoryview(piece)
         while view:
             written = os.pwrite(target, view, place)
             view, place = view[written:], place + written
         start, size = start + len(piece), size - len(piece)
+    return found

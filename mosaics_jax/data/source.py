@@ -93,7 +93,7 @@ class Tokens:
             if zlib.crc32(piece) != int.from_bytes(sums[4 * number : 4 * number + 4], "little"):
                 raise ValueError(
                     f"shard {self._paths[shard]!r}, bytes {block * BLOCK} to {block * BLOCK + len(piece) - 1}: they do "
-                    f"not match their checksum; {AGAIN}"
+                    f"not match their checksum in {self._sums[shard]!r}; {AGAIN}"
                 )
         return np.frombuffer(content, self._type)[(first - begin) // size : (stop - begin) // size]
 

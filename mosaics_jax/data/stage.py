@@ -1,9 +1,9 @@
 """One unit of work tokenized into one stage file: the first of prepare's two passes, and what a worker does.
 
     ids of every document, in the order of the input         unit.tokens
-    where and how long each is, for each split               uint64 pairs
+    where and how long each is, and CRC-32, for each split   uint64 triples
     counts of its pairs of bytes, for each split             uint16 pairs, uint64 counts
-    a JSON footer with sizes and counts, and its length      uint64
+    a JSON footer with sizes, counts, and its own digest, and its length, uint64
 
 The name of the file holds the unit's identity, the tokenizer's and the limit, so that what was done of an unchanged
 file is found again.
@@ -17,18 +17,20 @@ import os
 import pathlib
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mosaics_jax import whole
 from mosaics_jax.data.corpus import SPLITS, cannot_write
-from mosaics_jax.data.documents import Broken, read_parts
+from mosaics_jax.data.documents import PART_BYTES, Broken, read_parts
 from mosaics_jax.data.inputs import Unit
 from mosaics_jax.data.splits import Rule, assigned
 from mosaics_jax.data.tokenizer import Tokenizer
 
-_MAGIC = "mosaics_jax stage 2"
+_MAGIC = "mosaics_jax stage 3"
 Progress = Callable[[int, int], None]
 
 
@@ -50,7 +52,7 @@ class Stage:
     documents: dict[str, int]
     tokens: dict[str, int]
     offsets: dict[str, int]
-    bigrams: dict[str, list[int]]
+    bigrams: dict[str, list[int]]  # where, how many, and their CRC-32
     hashes: list[int]  # the least and the greatest of a document, or none
     empty: int
     not_utf8: int
@@ -62,12 +64,12 @@ class Stage:
             stream.seek(-8, os.SEEK_END)
             size = int.from_bytes(stream.read(8), "little")
             end = stream.seek(-8 - size, os.SEEK_END)
-            body = json.loads(stream.read(size))
+            body = whole.opened(json.loads(stream.read(size)))
         if body.pop("magic") != _MAGIC:
             raise ValueError(f"{str(path)!r} was made by another version; remove its folder")
         made = cls(path=str(path), **body)
-        tables = [(made.offsets[name], 16 * made.documents[name]) for name in SPLITS]
-        tables += [(offset, 10 * count) for offset, count in (made.bigrams[name] for name in SPLITS)]
+        tables = [(made.offsets[name], 24 * made.documents[name]) for name in SPLITS]
+        tables += [(offset, 10 * count) for offset, count, _ in (made.bigrams[name] for name in SPLITS)]
         numbers = [*made.bytes.values(), *made.tokens.values(), *made.hashes, made.empty, made.not_utf8]
         numbers += itertools.chain(*tables)
         if any(type(number) is not int or number < 0 for number in numbers) or max(map(sum, tables)) > end:
@@ -81,21 +83,28 @@ class Stage:
     @classmethod
     def find(cls, path: pathlib.Path) -> "Stage | None":
         """The stage at `path`, or None where it is absent or broken, and must be made."""
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+        broken = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError)
+        with contextlib.suppress(*broken):
             return cls.open(path)
         return None
 
+    def damaged(self) -> ValueError:
+        """What to raise where a table or a document in it is not as it was written."""
+        return ValueError(f"{self.path!r} is not what was written; remove it, and the same command goes on")
+
     def documents_of(self, split: str) -> np.ndarray:
-        """Beginning and length, in tokens, of each document of `split`: [N, 2] uint64, read as they are asked for."""
+        """Beginning, length in tokens and CRC-32 of each document of `split`: [N, 3] uint64, read when asked for."""
         if not self.documents[split]:
-            return np.zeros((0, 2), np.uint64)
-        return np.memmap(self.path, "<u8", "r", self.offsets[split], (self.documents[split], 2))
+            return np.zeros((0, 3), np.uint64)
+        return np.memmap(self.path, "<u8", "r", self.offsets[split], (self.documents[split], 3))
 
     def bigrams_of(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        offset, count = self.bigrams[split]
+        offset, count, known = self.bigrams[split]
         with open(self.path, "rb") as stream:
             stream.seek(offset)
             content = stream.read(10 * count)
+        if zlib.crc32(content) != known:
+            raise self.damaged()
         return np.frombuffer(content[: 2 * count], "<u2"), np.frombuffer(content[2 * count :], "<u8")
 
 
@@ -141,8 +150,8 @@ class _Writer:
         self._unit, self._stream, self._tokenizer, self._reading = unit, stream, tokenizer, reading
         self._most_broken, self._progress = most_broken, progress
         self._type = token_type(tokenizer)
-        self._place = 0
-        # 16 bytes a document wait on the disk: a unit may hold more documents than memory.
+        self._place = self._sum = 0
+        # 24 bytes a document wait on the disk: a unit may hold more documents than memory.
         self._documents = {name: tempfile.TemporaryFile(dir=folder) for name in SPLITS}  # noqa: SIM115
         self._document_tokens = dict.fromkeys(SPLITS, 0)
         self._bytes = dict.fromkeys(SPLITS, 0)
@@ -171,12 +180,12 @@ class _Writer:
                 self._empty += 1
                 continue
             if not within:
-                if not part.last and not self._tokenizer.divisible:
+                if not self._tokenizer.divisible and (not part.last or len(part.utf8) > PART_BYTES):
                     raise ValueError(
-                        f"{self._unit.path!r} is too long for a tokenizer.json, which encodes documents whole; "
-                        "divide the document, or take another kind of tokenizer"
+                        f"{self._unit.path!r} has a document of more than {PART_BYTES:,} bytes, too long for a "
+                        "tokenizer.json, which encodes documents whole; divide it, or take another kind of tokenizer"
                     )
-                begin, within = self._place, True
+                begin, within, self._sum = self._place, True, 0
                 self._hashes = [min([piece.hash, *self._hashes]), max([piece.hash, *self._hashes])]
                 self._put(np.array([self._tokenizer.begin]))
             self._put(self._tokenizer.encode(part.text))
@@ -184,7 +193,7 @@ class _Writer:
             self._bigrams[split].add(part.utf8, part.last)
             if part.last:
                 self._put(np.array([self._tokenizer.end]))
-                self._documents[split].write(np.array([begin, self._place - begin], "<u8").tobytes())
+                self._documents[split].write(np.array([begin, self._place - begin, self._sum], "<u8").tobytes())
                 self._document_tokens[split] += self._place - begin
                 within = False
                 if piece.ends and limit is not None and sum(self._bytes.values()) >= limit:
@@ -194,7 +203,9 @@ class _Writer:
         self._progress(0, size)
 
     def _put(self, ids: np.ndarray) -> None:
-        self._stream.write(ids.astype(self._type).tobytes())
+        content = ids.astype(self._type).tobytes()
+        self._sum = zlib.crc32(content, self._sum)
+        self._stream.write(content)
         self._place += ids.size
         self._progress(ids.size, 0)
 
@@ -209,7 +220,7 @@ class _Writer:
     def _finish(self) -> None:
         self._stream.write(bytes(-self._stream.tell() % 8))
         footer: dict[str, Any] = {"magic": _MAGIC, "bytes": self._bytes, "offsets": {}, "bigrams": {}}
-        footer["documents"] = {name: found.tell() // 16 for name, found in self._documents.items()}
+        footer["documents"] = {name: found.tell() // 24 for name, found in self._documents.items()}
         footer["tokens"] = self._document_tokens
         for name in SPLITS:
             footer["offsets"][name] = self._stream.tell()
@@ -218,11 +229,11 @@ class _Writer:
         for name in SPLITS:
             counts = self._bigrams[name].counts()
             (pairs,) = np.nonzero(counts)
-            footer["bigrams"][name] = [self._stream.tell(), len(pairs)]
-            self._stream.write(pairs.astype("<u2").tobytes() + counts[pairs].astype("<u8").tobytes())
-        content = json.dumps(
-            footer | {"hashes": self._hashes, "empty": self._empty, "not_utf8": self._not_utf8, "broken": self._broken}
-        ).encode()
+            table = pairs.astype("<u2").tobytes() + counts[pairs].astype("<u8").tobytes()
+            footer["bigrams"][name] = [self._stream.tell(), len(pairs), zlib.crc32(table)]
+            self._stream.write(table)
+        footer |= {"hashes": self._hashes, "empty": self._empty, "not_utf8": self._not_utf8, "broken": self._broken}
+        content = json.dumps(whole.sealed(footer)).encode()
         self._stream.write(content + len(content).to_bytes(8, "little"))
 
 

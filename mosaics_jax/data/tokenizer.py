@@ -7,19 +7,19 @@ that mark a document's ends are placed by `prepare`, never by `encode`.
 import functools
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
 import tokenizers
 
-from mosaics_jax import paths
+from mosaics_jax import paths, whole
+from mosaics_jax.data import files
 from mosaics_jax.data.bpe import SPLIT, Report, pieces, ranks_from_bytes, ranks_to_bytes, train_ranks
 
 BEGIN_TEXT = "<|begin_of_text|>"
@@ -117,7 +117,7 @@ class RankTokenizer:
 
     def save(self, directory: str | pathlib.Path) -> None:
         _write_descriptor(self, directory)
-        (pathlib.Path(directory) / self.FILE).write_bytes(ranks_to_bytes(self._ranks))
+        whole.write(pathlib.Path(directory) / self.FILE, ranks_to_bytes(self._ranks))
 
 
 class HuggingFaceTokenizer:
@@ -160,7 +160,7 @@ class HuggingFaceTokenizer:
 
     def save(self, directory: str | pathlib.Path) -> None:
         _write_descriptor(self, directory)
-        (pathlib.Path(directory) / self.FILE).write_text(self._definition, encoding="utf-8", newline="")
+        whole.write(pathlib.Path(directory) / self.FILE, self._definition.encode())
 
 
 def make_tokenizer(spec: str, texts: Iterable[str] = (), report: Report = lambda what, done, total: None) -> Tokenizer:
@@ -198,9 +198,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     """Restores what `save` wrote. ValueError if the directory holds no tokenizer, or one that was changed since."""
     path = pathlib.Path(directory) / _DESCRIPTOR
     try:
-        described = json.loads(path.read_bytes())
-        if not isinstance(described, dict):
-            raise ValueError(f"a {type(described).__name__}; legal: an object")
+        described = whole.opened(whole.load_json(path))
         kind = described.get("kind")
         if described.get("format") != _FORMAT:
             raise ValueError(f"format {described.get('format')!r}, this version reads {_FORMAT}")
@@ -208,18 +206,26 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
         if kind == "bytes":
             made = ByteTokenizer()
         elif kind == "huggingface":
-            made = HuggingFaceTokenizer((path.parent / HuggingFaceTokenizer.FILE).read_bytes().decode())
+            path = path.with_name(HuggingFaceTokenizer.FILE)
+            made = HuggingFaceTokenizer(path.read_bytes().decode())
         elif kind in ("bpe", "llama3"):
-            made = RankTokenizer(ranks_from_bytes((path.parent / RankTokenizer.FILE).read_bytes()), kind)
+            path = path.with_name(RankTokenizer.FILE)
+            made = RankTokenizer(ranks_from_bytes(path.read_bytes()), kind)
         else:
             raise ValueError(f"unknown kind {kind!r}")
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename!r} is missing; a tokenizer's folder is written by Tokenizer.save") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise files.cannot_read(error.filename or path, error, "restore it from a copy") from error
+    except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(path)!r} does not describe a tokenizer: {reason}") from error
-    if made.fingerprint != described.get("fingerprint"):
-        raise ValueError(f"the tokenizer in {str(path.parent)!r} is not the one that was saved there; prepare again")
+    for name, value in _described(made).items():
+        if described.get(name) != value:
+            raise ValueError(
+                f"the tokenizer in {str(path.parent)!r} is not the one that was saved there: its {name} is {value!r}, "
+                f"{_DESCRIPTOR} says {reprlib.repr(described.get(name))}; prepare again"
+            )
     return made
 
 
@@ -258,6 +264,9 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray
 def _write_descriptor(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
+    whole.write_json(path / _DESCRIPTOR, _described(tokenizer))
+
+
+def _described(tokenizer: Tokenizer) -> dict[str, Any]:
     names = ("kind", "vocabulary", "begin", "end", "fingerprint")
-    described = {"format": _FORMAT} | {name: getattr(tokenizer, name) for name in names}
-    (path / _DESCRIPTOR).write_text(json.dumps(described, indent=2) + "\n")
+    return {"format": _FORMAT} | {name: getattr(tokenizer, name) for name in names}

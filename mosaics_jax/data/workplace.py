@@ -5,13 +5,22 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
-from mosaics_jax import lock
-from mosaics_jax.data.corpus import MANIFEST, write_whole
+from mosaics_jax import lock, place, whole
+from mosaics_jax.data import files
+from mosaics_jax.data.corpus import MANIFEST, write_sealed
 from mosaics_jax.data.splits import Rule
 from mosaics_jax.data.stage import Reading, Stage
+
+SETTINGS = "settings.json"
+_BEFORE_SETTINGS = re.compile(r"lock.*|settings\.json\.[0-9]+\.partial")
+_OWN = re.compile(
+    rf"{_BEFORE_SETTINGS.pattern}|stages|tokenizer|((settings|manifest)\.json|(files|skipped)\.jsonl"
+    r"|(train|valid)-[0-9]{5,}(\.(tokens|crc32|documents|json))?)(\.[0-9]+\.partial)?"
+)
 
 
 class UnusableError(ValueError):
@@ -51,6 +60,7 @@ def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path
     """The directory beside `target` where it is made; held by this run alone, and kept only if some work is done."""
     partial = target.parent / f"{target.name}.partial"
     _check_free(target)
+    _check_own(partial)
     with contextlib.ExitStack() as stack:
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -58,7 +68,7 @@ def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path
         except lock.HeldError:
             raise
         except (OSError, ValueError) as error:  # a ValueError for what can be no path
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = files.meaning(error) if isinstance(error, OSError) else error
             raise ValueError(f"output {str(target)!r} cannot be made ({reason}); name another directory") from error
         _check_free(target)
         _check_settings(partial, target, settings)
@@ -77,26 +87,56 @@ def workplace(target: pathlib.Path, settings: Settings) -> Iterator[pathlib.Path
 def _check_free(target: pathlib.Path) -> None:
     if os.path.exists(target / MANIFEST):  # False also for what can be no path
         raise ValueError(f"output {str(target)!r} already holds a prepared corpus; remove it or name another directory")
-    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"output {str(target)!r} exists and is not an empty directory; name another directory")
+    if os.path.islink(target):
+        raise ValueError(f"output {str(target)!r} is a link; name what it leads to, or another directory")
+    with _looking_at(target):
+        place.check(target, (place.EMPTY,), "output")
+        if os.path.exists(target) and any(target.iterdir()):  # a rename takes an empty one's place alone
+            raise ValueError(f"output {str(target)!r} exists and is not an empty directory; name another directory")
+
+
+def _check_own(partial: pathlib.Path) -> None:
+    """ValueError where something else than the work of `prepare` lies in its workplace: all in it may be removed."""
+    if not os.path.lexists(partial):
+        return
+    if os.path.islink(partial) or not partial.is_dir():
+        raise ValueError(f"{str(partial)!r}, where `prepare` works, is no folder; move it away, or name another output")
+    with _looking_at(partial):
+        names = sorted(path.name for path in partial.iterdir())
+    foreign = [name for name in names if not _OWN.fullmatch(name)]
+    # Without its settings nothing was begun yet, and only these can be there.
+    if SETTINGS not in names:
+        foreign += [name for name in names if not _BEFORE_SETTINGS.fullmatch(name)]
+    if foreign:
+        raise ValueError(
+            f"{str(partial)!r}, where `prepare` works, holds {foreign[0]!r}, which is not its own; nothing was "
+            "written. Move it away, or name another output"
+        )
+
+
+@contextlib.contextmanager
+def _looking_at(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"output: {str(folder)!r} cannot be looked at ({files.meaning(error)})") from error
 
 
 def _check_settings(partial: pathlib.Path, target: pathlib.Path, settings: Settings) -> None:
-    path = partial / "settings.json"
+    path = partial / SETTINGS
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    if path.exists():
+    if os.path.lexists(path):
         try:
-            before = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            before = None
-        if not isinstance(before, dict):
+            before = whole.read_json(path)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = files.meaning(error) if isinstance(error, OSError) else error
             raise ValueError(
-                f"{str(partial)!r} holds an unfinished run, and its {path.name} cannot be read; remove it to begin anew"
-            )
+                f"{str(path)!r}, of an unfinished run, cannot be read ({reason}); remove its folder to begin anew"
+            ) from error
         changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
         if changed:
             raise ValueError(
                 f"{str(partial)!r} holds an unfinished run with other settings ({'; '.join(changed)}); take the old "
                 f"settings to finish it, remove it to start anew, or name another output than {target.name!r}"
             )
-    write_whole(path, json.dumps(now).encode())
+    write_sealed(path, now)

@@ -119,7 +119,7 @@ def test_a_place_in_a_range_is_that_in_the_file(folder, monkeypatch):
 
 @pytest.mark.parametrize("suffix", ["", ".xz"])
 def test_a_long_text_is_read_in_parts_with_the_same_ids(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(documents, "_PART_BYTES", 1000)
+    monkeypatch.setattr(documents, "PART_BYTES", 1000)
     draw = np.random.default_rng(0)
     words = ["the ", "naïve ", "你好", "\n", "x = 3\n", "  ", "don't "]
     text = "".join(words[i] for i in draw.integers(0, len(words), 4000))
@@ -133,12 +133,12 @@ def test_a_long_text_is_read_in_parts_with_the_same_ids(tmp_path, monkeypatch, s
     assert "".join(part.text for part in parts) == text
     made = {}
     for name, size in (("parts", 1000), ("whole", 1 << 20)):
-        monkeypatch.setattr(documents, "_PART_BYTES", size)
+        monkeypatch.setattr(documents, "PART_BYTES", size)
         made[name] = prepare([str(path), str(tmp_path / "other.txt")], str(tmp_path / name), "bpe:300",
                              valid_fraction=0.35)  # fmt: skip
     assert made["parts"].fingerprint == made["whole"].fingerprint
     assert made["parts"].splits == made["whole"].splits
-    monkeypatch.setattr(documents, "_PART_BYTES", 1000)
+    monkeypatch.setattr(documents, "PART_BYTES", 1000)
     path.write_bytes(content + b"\xff")
     if not suffix:
         (broken,) = texts_of(str(path))
@@ -357,7 +357,7 @@ def test_a_frame_may_look_far_back(tmp_path):
     "text", ["很久以前有一个小屋在河边，里面住着一只猫。\r\n" * 3000, "ACGT" * 20_000], ids=["CRLF", "a genome"]
 )
 def test_a_long_text_without_spaces_is_cut_and_not_refused(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(documents, "_PART_BYTES", 1 << 12)
+    monkeypatch.setattr(documents, "PART_BYTES", 1 << 12)
     monkeypatch.setattr(documents, "_MOST_HELD", 1 << 13)
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert texts_of(str(tmp_path / "a.txt")) == [text]

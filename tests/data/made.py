@@ -1,5 +1,6 @@
 """Corpora written by hand: known ids, and everything beside them as `prepare` would write it."""
 
+import hashlib
 import io
 import pathlib
 from collections import Counter
@@ -17,10 +18,11 @@ BEGIN, END, VOCABULARY = 256, 257, 60_000
 def write_shard(directory: pathlib.Path, file: str, ids: np.ndarray, ends: Sequence[int]) -> Shard:
     content = ids.tobytes()
     blocks, sha256 = checksums(io.BytesIO(content))
-    shard = Shard(file, ids.size, len(ends), sha256)
+    where = np.array(ends, "<u8").tobytes()
+    shard = Shard(file, ids.size, len(ends), sha256, hashlib.sha256(where).hexdigest())
     (directory / shard.file).write_bytes(content)
     (directory / shard.checksums_file).write_bytes(blocks)
-    (directory / shard.documents_file).write_bytes(np.array(ends, "<u8").tobytes())
+    (directory / shard.documents_file).write_bytes(where)
     return shard
 
 

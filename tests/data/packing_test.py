@@ -1,9 +1,10 @@
-import json
+import re
 
 import made
 import numpy as np
 import pytest
 
+from mosaics_jax import whole
 from mosaics_jax.data.packing import BestFitRows, best_fit, plan_folder, plan_rows
 from mosaics_jax.data.source import fields
 
@@ -97,18 +98,22 @@ def test_rows_without_a_plan_and_bad_plans(manifest):
     assert rows.problem() is None
     folder = plan_folder(manifest, CONTEXT)
     pieces = folder / "train-00000.pieces"
-    whole = pieces.read_bytes()
-    table = np.frombuffer(whole, "<u8").copy()
+    content = pieces.read_bytes()
+    table = np.frombuffer(content, "<u8").copy()
     table[1] += 1
     pieces.write_bytes(table.tobytes())
-    assert "train-00000' (rows from 0) does not cover its shard" in rows.problem()
-    pieces.write_bytes(whole[:16])
-    with pytest.raises(ValueError, match=r"train-00000.pieces' ends at byte 16, 32 expected; plan the rows again"):
+    message = r"row 0 of .*train-00000.rows' and .*train-00000.pieces' does not match its checksum; plan the rows again"
+    assert re.fullmatch(message, rows.problem())
+    with pytest.raises(ValueError, match=message):
+        rows[0]
+    pieces.write_bytes(content[:16])
+    with pytest.raises(ValueError, match="does not match its checksum; plan the rows again"):
         [rows[index] for index in range(len(rows))]
-    body = json.loads((folder / "plan.json").read_text())
-    (folder / "plan.json").write_text(json.dumps(body | {"corpus": "other"}))
-    with pytest.raises(ValueError, match="was planned for another corpus"):
-        BestFitRows(manifest, "train", CONTEXT)
+    body = whole.read_json(folder / "plan.json")
+    for change in ({"corpus": "other"}, {"context": CONTEXT + 1}, {"format": "mosaics_jax packing 1"}):
+        whole.write_json(folder / "plan.json", body | change)
+        with pytest.raises(ValueError, match=r"plan.json' is of another corpus or version; .* makes it anew"):
+            BestFitRows(manifest, "train", CONTEXT)
     (folder / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan.json' is damaged"):
         BestFitRows(manifest, "train", CONTEXT)

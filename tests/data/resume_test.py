@@ -214,7 +214,7 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path):
     began = time.monotonic()
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=500)
-    assert (running.returncode, said) == (130, "stopped; the same command goes on from what is done\n")
+    assert (running.returncode, said) == (130, "interrupted; the same command goes on from what is done\n")
     assert time.monotonic() - began < 10
 
 

@@ -9,6 +9,7 @@ import made
 import numpy as np
 import pytest
 
+from mosaics_jax import whole as whole_lib
 from mosaics_jax.data import files
 from mosaics_jax.data.corpus import BLOCK, Manifest
 from mosaics_jax.data.source import ConcatRows, Tokens, fields, pack
@@ -171,14 +172,13 @@ def test_load_says_what_is_wrong_and_what_to_do(tmp_path):
         Manifest.load(tmp_path)
     made.write_corpus(tmp_path, [[[1, 2, 3]]])
     path = tmp_path / "manifest.json"
-    good = json.loads(path.read_text())
-    bad = ["{", "[]", "{}", json.dumps(good | {"version": 99}), json.dumps(good | {"extra": 1})]
-    bad.append(json.dumps({name: value for name, value in good.items() if name != "dtype"}))
-    bad.append(json.dumps(good).replace("train-00000", "../train-00000"))
-    bad.append(json.dumps(good | {"dtype": "float64"}))
-    for content in bad:
+    good = whole_lib.read_json(path)
+    bad = [good | {"version": 99}, good | {"extra": 1}, good | {"dtype": "float64"}]
+    bad.append({name: value for name, value in good.items() if name != "dtype"})
+    bad.append(json.loads(json.dumps(good).replace("train-00000", "../train-00000")))
+    for content in ["{", "[]", "{}", json.dumps(good), *(json.dumps(whole_lib.sealed(body)) for body in bad)]:
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"is not a manifest .*; prepare the corpus again") as caught:
+        with pytest.raises(ValueError, match=r"is not a manifest .*; restore it from a copy, or prepare") as caught:
             Manifest.load(tmp_path)
         assert "\n" not in str(caught.value)
 
