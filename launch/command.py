@@ -180,6 +180,8 @@ def run(main: Callable[..., None], argument: str = "", goes_on: str = "") -> Non
         app.run(guarded, flags_parser=functools.partial(parse, argument=argument))
     except KeyboardInterrupt:
         interrupt.end()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said
 
 
 def parse(argv: Sequence[str], known: flags.FlagValues = flags.FLAGS, argument: str = "") -> list[str]:

@@ -95,6 +95,8 @@ class Checkpoints:
         began = time.perf_counter()
         self._commit()
         items = arrays(state)
+        if not self._directory.is_dir():  # Orbax would make a workdir that was removed anew, and nothing else in it
+            raise SaveFailed(f"checkpoint {step} could not be saved: {self._directory} is not there any more")
         try:
             self._orbax.save(
                 self._plain.path / str(step),

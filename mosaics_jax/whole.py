@@ -30,10 +30,10 @@ def write(path: pathlib.Path, content: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(draft, path)
         keep_names(path.parent)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write alone names no file
 
 
 def keep_names(folder: pathlib.Path) -> None:
