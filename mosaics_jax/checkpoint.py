@@ -24,7 +24,7 @@ from mosaics_jax.record import RECORD, RunRecord
 from mosaics_jax.step import TrainState
 
 COUNTERS = ("step", "skipped", "skipped_in_row", "recent")
-_STEP = re.compile("0|[1-9][0-9]{0,17}")
+STEP = re.compile("0|[1-9][0-9]{0,17}")  # as their folders are called
 _DRAFT = ".orbax-checkpoint-tmp"  # what Orbax adds to the name of a checkpoint that is not committed
 
 
@@ -72,7 +72,7 @@ class Checkpoints:
         if not self._directory.is_dir():
             return []
         return sorted(
-            int(path.name) for path in self._directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()
+            int(path.name) for path in self._directory.iterdir() if STEP.fullmatch(path.name) and path.is_dir()
         )
 
     def chosen(self, step: int | None) -> int:

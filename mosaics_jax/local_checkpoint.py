@@ -55,7 +55,7 @@ class LocalCheckpoints:
 
     def steps(self) -> list[int]:
         """Those that every process has, in order; all processes call it."""
-        mine = [int(path.stem) for path in self._directory.glob("*.safetensors") if path.stem.isdigit()]
+        mine = self._held()
         said = processes.exchange(json.dumps(mine), "local checkpoints")
         return sorted(set.intersection(*(set(json.loads(one)) for one in said)))
 
@@ -147,6 +147,11 @@ class LocalCheckpoints:
         self._path(step).replace(target)
         return target
 
+    def _held(self) -> list[int]:
+        """The steps of this process's files, in order."""
+        names = (path.stem for path in self._directory.glob("*.safetensors"))
+        return sorted(int(name) for name in names if checkpoint.STEP.fullmatch(name))
+
     def _path(self, step: int) -> pathlib.Path:
         return self._directory / f"{step}.safetensors"
 
@@ -161,8 +166,7 @@ class LocalCheckpoints:
             os.fsync(stream.fileno())
         draft.replace(self._path(step))
         whole.keep_names(self._directory)
-        steps = sorted(int(path.stem) for path in self._directory.glob("*.safetensors") if path.stem.isdigit())
-        for old in steps[:-KEEP]:
+        for old in self._held()[:-KEEP]:
             self._path(old).unlink()
 
 

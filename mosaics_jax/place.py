@@ -55,8 +55,8 @@ def check(folder: pathlib.Path, legal: Sequence[str], flag: str) -> str:
     if found not in legal:
         what = "a file" if os.path.lexists(folder) and not folder.is_dir() else _CALLED[found]
         raise ValueError(
-            f"{flag} is {str(folder)!r}, which is {what}; nothing was written. Legal: a folder that is not there yet, "
-            f"or {', or '.join(_CALLED[kind] for kind in legal)}"
+            f"{flag} is {str(folder)!r}, which is {what}; nothing was written. Legal: "
+            f"{'a folder that is not there yet, or ' * (EMPTY in legal)}{', or '.join(_CALLED[kind] for kind in legal)}"
         )
     return found
 

@@ -52,7 +52,7 @@ def _open_parquet(unit: Unit) -> Iterator[tuple["pyarrow.parquet.ParquetFile", B
     with contextlib.ExitStack() as stack:
         try:
             packed = suffixes(path)[1] != ""
-            source = stack.enter_context(tempfile.TemporaryFile() if packed else path.open("rb"))
+            source: Any = stack.enter_context(tempfile.TemporaryFile() if packed else path.open("rb"))  # noqa: SIM115
             if packed:  # its end must be read first
                 _unpack(path, source)
             limit = footer_limit(source.fileno(), os.fstat(source.fileno()).st_size)
