@@ -43,7 +43,9 @@ _RECORD_FORMAT = flags.DEFINE_string("record_format", "text", "what a record of 
 _SHUFFLE = flags.DEFINE_bool("shuffle", True, "put documents in a random order; else they keep the input's")
 _SHUFFLE_SEED = flags.DEFINE_integer("shuffle_seed", 0, "names that order")
 _TFDS_DIR = command.define_path("tfds_dir", None, "where TFDS data sets were prepared (default: TFDS's own)")
-_SKIP = flags.DEFINE_integer("skip_bad_records", 0, "leave out up to so many records that hold no text, and list them")
+_SKIP = flags.DEFINE_integer(
+    "skip_bad_records", 0, "leave out up to so many records that hold no text (at most 100,000), and list them"
+)
 _WORKERS = flags.DEFINE_integer("workers", None, "processes (default: one for each core); the result is the same")
 _PACK = command.define_path("pack", "", "instead: plan best-fit rows of --context for this corpus")
 _VERIFY = command.define_path("verify", "", "instead: check everything in this corpus")

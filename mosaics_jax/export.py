@@ -17,11 +17,13 @@ from safetensors.numpy import save_file
 
 from mosaics_jax import lock, paths, place, whole
 from mosaics_jax.config import ModelConfig, model_from_dict
-from mosaics_jax.data.tokenizer import Tokenizer
+from mosaics_jax.data.tokenizer import DESCRIPTOR, HuggingFaceTokenizer, RankTokenizer, Tokenizer
 from mosaics_jax.nn.model import LanguageModel, from_values, to_values
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
-_NAMES = {WEIGHTS, CONFIG, TOKENIZER}
+_OWN = {WEIGHTS, CONFIG, TOKENIZER} | {
+    f"{TOKENIZER}/{name}" for name in (DESCRIPTOR, RankTokenizer.FILE, HuggingFaceTokenizer.FILE)
+}
 _SHA256 = "weights_sha256"  # the field of config.json that belongs to the weights
 
 # Modules that group parameters in the code and have no part in the paper's names.
@@ -37,9 +39,12 @@ def save_safetensors(
     An export that lies there is replaced as a whole. ValueError where something else does, where another process
     writes there, and where the disk refuses: what was there is there then.
     """
-    target = pathlib.Path(os.path.realpath(paths.absolute(directory)))
+    try:
+        target = pathlib.Path(os.path.realpath(paths.absolute(directory)))
+    except ValueError as error:  # it can be no path
+        raise ValueError(f"{str(directory)!r} cannot be written ({_line(error)}); name another") from error
     place.check(target, (place.EMPTY, place.EXPORT), "the folder of the export")
-    if target.is_dir() and (others := {path.name for path in target.iterdir()} - _NAMES):
+    if others := {str(path.relative_to(target)) for path in target.rglob("*")} - _OWN:
         raise ValueError(f"{str(target)!r} holds {min(others)!r} too, which a new export would remove; name another")
     partial = target.with_name(f"{target.name}.partial")
     draft = partial / "export"
@@ -53,7 +58,7 @@ def save_safetensors(
             shutil.rmtree(partial)
     except lock.HeldError:
         raise
-    except (OSError, SafetensorError, ValueError) as error:  # a ValueError for what can be no path
+    except (OSError, SafetensorError, ValueError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"{str(target)!r} cannot be written ({_line(error)}); make room or name another") from error
 

@@ -29,7 +29,7 @@ LEGAL_SPECS = (
     "the path of a Hugging Face tokenizer.json; "
     "the path of a Llama-3 tokenizer.model"
 )
-_DESCRIPTOR = "tokenizer_config.json"
+DESCRIPTOR = "tokenizer_config.json"
 _FORMAT = 1
 _LLAMA3_SPECIALS = 256
 _BPE_SPECIALS = 2
@@ -196,7 +196,7 @@ def make_tokenizer(spec: str, texts: Iterable[str] = (), report: Report = lambda
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     """Restores what `save` wrote. ValueError if the directory holds no tokenizer, or one that was changed since."""
-    path = pathlib.Path(directory) / _DESCRIPTOR
+    path = pathlib.Path(directory) / DESCRIPTOR
     try:
         described = whole.opened(whole.load_json(path))
         kind = described.get("kind")
@@ -224,7 +224,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
         if described.get(name) != value:
             raise ValueError(
                 f"the tokenizer in {str(path.parent)!r} is not the one that was saved there: its {name} is {value!r}, "
-                f"{_DESCRIPTOR} says {reprlib.repr(described.get(name))}; prepare again"
+                f"{DESCRIPTOR} says {reprlib.repr(described.get(name))}; prepare again"
             )
     return made
 
@@ -264,7 +264,7 @@ def _checked_ids(ids: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray
 def _write_descriptor(tokenizer: Tokenizer, directory: str | pathlib.Path) -> None:
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    whole.write_json(path / _DESCRIPTOR, _described(tokenizer))
+    whole.write_json(path / DESCRIPTOR, _described(tokenizer))
 
 
 def _described(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mosaics_jax.data.source import ConcatRows
 from mosaics_jax.data.tokenizer import load_tokenizer
 
 CONTEXT = 32
-FLIPS = 60  # of a file, or all bits of one that has no more
+FLIPS = 40  # of a file, or all bits of one that has no more
 TEXT = "Plain things are said of cats, dogs and 7 other animals. "
 
 
@@ -87,22 +87,20 @@ def _files(corpus: pathlib.Path) -> list[pathlib.Path]:
 
 def test_a_flipped_bit_is_never_silent(corpus: pathlib.Path) -> None:
     expected = _all_of(corpus)
-    told = {}
+    silent: dict[str, int] = {}
     for path in _files(corpus):
         content = path.read_bytes()
-        bits = range(8 * len(content))
-        bits = random.Random(path.name).sample(bits, FLIPS) if len(bits) > FLIPS else bits
+        every = range(8 * len(content))
+        bits = random.Random(path.name).sample(every, min(FLIPS, len(every)))
         with _damaged(path):
             for bit in bits:
                 flipped = bytearray(content)
                 flipped[bit // 8] ^= 1 << bit % 8
                 path.write_bytes(flipped)
-                told[path.name] = told.get(path.name, 0) + _is_told(corpus, expected, path)
-    kinds = {pathlib.PurePath(name).suffix for name in told}
-    assert kinds == {".json", ".tiktoken", ".tokens", ".crc32", ".documents", ".rows", ".pieces"}
-    # A flip may change nothing that is read (a space in JSON); of what has no such places every one is told.
-    for name, count in told.items():
-        assert count >= (FLIPS if name.endswith((".crc32", ".pieces", ".documents")) else FLIPS // 3), (name, count)
+                silent[path.suffix] = silent.get(path.suffix, 0) + (not _is_told(corpus, expected, path))
+    # Nothing may depend on a bit (a space in JSON, tokens that no row holds); of these files each one counts.
+    assert silent.keys() == {".json", ".tiktoken", ".tokens", ".crc32", ".documents", ".rows", ".pieces"}
+    assert not any(silent[kind] for kind in (".crc32", ".documents", ".pieces")), silent
 
 
 DAMAGES: dict[str, Callable[[pathlib.Path], object]] = {
@@ -226,7 +224,7 @@ def test_a_run_that_goes_on_believes_no_flipped_bit(
     told = same = 0
     for name in files:
         content = (tmp_path / "kept" / name).read_bytes()
-        for bit in random.Random(str(name.suffix)).sample(range(8 * len(content)), FLIPS):
+        for bit in random.Random(str(name.suffix)).sample(range(8 * len(content)), FLIPS // 2):
             for left in ("out", "out.partial"):
                 shutil.rmtree(tmp_path / left, ignore_errors=True)
             shutil.copytree(tmp_path / "kept", tmp_path / "out.partial")
@@ -239,7 +237,7 @@ def test_a_run_that_goes_on_believes_no_flipped_bit(
             except ValueError as error:
                 assert name.name in str(error) or "other settings" in str(error), error  # noqa: PT017
                 told += 1
-    assert told + same == FLIPS * len(files)
+    assert told + same == FLIPS // 2 * len(files)
     assert told if after == "the first pass" else same  # a description is made again, a stage is named
 
 
