@@ -15,6 +15,14 @@ from mosaics_jax import loop, preemption
 from mosaics_jax.train import train
 
 
+@pytest.fixture(autouse=True)
+def hangup() -> Iterator[None]:
+    """SIGHUP as it is without nohup, under which these tests may run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
     number: signal.Signals, corpus: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
@@ -37,14 +45,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(
     assert (tmp_path / "run" / "checkpoints" / "5" / "verified.json").exists()
 
 
-@pytest.fixture
-def hangup() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGHUP)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_a_hangup_that_is_ignored_stays_so(hangup: None) -> None:
+def test_a_hangup_that_is_ignored_stays_so() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     heard: list[str] = []
     with preemption.heard(heard.append):
@@ -53,7 +54,7 @@ def test_a_hangup_that_is_ignored_stays_so(hangup: None) -> None:
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_of_several_processes_a_hangup_is_a_sigterm(hangup: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_processes_a_hangup_is_a_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     caught: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
