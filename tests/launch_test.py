@@ -86,8 +86,8 @@ def test_a_damaged_shard_stops_training_with_the_place(corpus: pathlib.Path, tmp
     shard.write_bytes(content)
     arguments = helpers.command_line(helpers.tiny_config(tmp_path / "corpus"))
     pattern = (
-        r"train-00000.tokens', bytes 0 to \d+: they do not match their checksum in '.*train-00000.crc32'; restore it from "
-        "a copy, or prepare"
+        r"train-00000.tokens', bytes 0 to \d+: they do not match their checksum in '.*train-00000.crc32'; "
+        "restore it from a copy, or prepare"
     )
     _assert_user_error(_run("train", f"--workdir={tmp_path}/run", *arguments), pattern)
 

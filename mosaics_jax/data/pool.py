@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from types import FrameType
 from typing import Any
 
 from mosaics_jax.data.tokenizer import load_tokenizer
@@ -115,12 +116,24 @@ class Pool:
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """A process that is started meanwhile hears no Ctrl-C before it ignores it; this one hears it afterwards."""
+    """A process that is started meanwhile hears no Ctrl-C before it ignores it; this one hears it afterwards.
+
+    Blocked in this thread, from which that one inherits it; put off, since other threads of this process may hear it.
+    """
+    came: list[tuple[int, FrameType | None]] = []
+    handler = signal.getsignal(signal.SIGINT)
+    puts_off = callable(handler) and threading.current_thread() is threading.main_thread()
+    if puts_off:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if puts_off:
+            signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
+            handler(*came[0])
 
 
 def _begin(tokenizer: pathlib.Path, counters: Any, shared: Any) -> None:
