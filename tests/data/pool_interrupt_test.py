@@ -14,12 +14,17 @@ from mosaics_jax.data.pool import interrupts_wait
 def test_an_interrupt_comes_after_the_start(times: int) -> None:
     idle = threading.Thread(target=time.sleep, args=(1,))  # which does not block it
     idle.start()
-    done = False
-    with pytest.raises(KeyboardInterrupt), interrupts_wait():
-        for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)
-        done = True
+    done = []
+
+    def start() -> None:
+        with interrupts_wait():
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
     assert done
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     idle.join()
