@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> trials.Place:
     return trials.Place(tmp_path_factory.mktemp("attacks") / "place", trials=1)
 
 
-@pytest.mark.parametrize("name", helpers.long_but(("kills",), ATTACKS))
+@pytest.mark.parametrize("name", helpers.long_but(("folder_taken",), ATTACKS))
 def test_an_attack_is_answered_in_one_line_or_by_the_same_result(name: str, place: trials.Place) -> None:
     try:
         tally = ATTACKS[name](place)
