@@ -46,7 +46,7 @@ def main() -> None:
         raise ValueError("--config is not set; legal: a config file, such as configs/tiny.py")
     config = config_lib.Config.from_config_dict(_CONFIG.value)
     from mosaics_jax import schedulers
-    from mosaics_jax.processes import Missing, alone, connect, roll_call, stay_for_the_roll
+    from mosaics_jax.processes import Missing, alone, connect, leave_last, roll_call
     from mosaics_jax.train import SaveFailed, TrainingStopped, train  # after the flags: a typo is answered before JAX
 
     place = schedulers.from_flags(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -54,16 +54,15 @@ def main() -> None:
     try:
         finished = train(config, _WORKDIR.value, _ACCEPT_NEW_DATA.value) is not None
     except TrainingStopped as error:
-        _leave(STOPPED, f"stopped: {_line(error)}")
+        _leave(STOPPED, f"stopped: {_line(error)}", leave_last)
     except (SaveFailed, Missing, OSError) as error:
-        _leave(FAILED, f"failed: {_line(error)}")
+        _leave(FAILED, f"failed: {_line(error)}", leave_last)
     except Exception as error:
         if alone():
             raise
         if isinstance(error, ValueError):
-            _leave(2, f"error: {_line(error)}")
-        message = f"{traceback.format_exc()}failed: {roll_call() or 'all processes answer'}"
-        _leave(FAILED, message, stay_for_the_roll)
+            _leave(2, f"error: {_line(error)}", leave_last)
+        _leave(FAILED, f"{traceback.format_exc()}failed: {roll_call() or 'all processes answer'}", leave_last)
     if not finished:
         sys.exit(PREEMPTED)
 
@@ -72,7 +71,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _leave(code: int, message: str, last: Callable[[], None] = lambda: None) -> NoReturn:
+def _leave(code: int, message: str, last: Callable[[], None]) -> NoReturn:
     """Ends this process after `last`, and does not wait for the others as a usual end would: they may never come."""
     print(message, file=sys.stderr)
     sys.stdout.flush()

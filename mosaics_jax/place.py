@@ -24,8 +24,10 @@ _CALLED = {
     STUDY: "a study of launch.claims",
     FOREIGN: "a folder of something else",
 }
-# What a scheduler, a file system or a process that was killed leaves in a folder that nothing was made in yet.
-_NOTHING = (".log", ".out", ".err", ".partial", ".tmp")
+# What a scheduler, a file system or a process that was killed leaves in a folder that nothing was made in yet; logs and
+# restarts are those of launch/slurm/train.sbatch.
+_NOTHING = ("lock", "lost+found", "logs", "restarts")
+_NOTHING_ENDS = (".log", ".out", ".err", ".partial", ".tmp")
 
 
 def kind_of(folder: pathlib.Path) -> str:
@@ -62,7 +64,7 @@ def check(folder: pathlib.Path, legal: Sequence[str], flag: str) -> str:
 
 
 def _is_nothing(name: str) -> bool:
-    return name.startswith(".") or name in ("lock", "lost+found") or name.endswith(_NOTHING)
+    return name.startswith(".") or name in _NOTHING or name.endswith(_NOTHING_ENDS)
 
 
 def _is_record(path: pathlib.Path) -> bool:

@@ -70,6 +70,7 @@ def test_a_folder_is_known_by_what_lies_in_it(kind: str, corpus: pathlib.Path, t
         (["lock"], place.EMPTY),
         (["slurm-7.out", ".snapshot", "lost+found"], place.EMPTY),
         (["config.json.77.partial", "lock"], place.EMPTY),  # a run that was killed before it began
+        (["logs", "restarts"], place.EMPTY),  # as the batch script leaves it for the first life
         (["checkpoints"], place.RUN),  # whose other files are lost
         (["metrics.jsonl", "manifest.json"], place.RUN),
         (["12", "7", "lock"], place.EVALUATIONS),
