@@ -17,8 +17,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     return Suite(tmp_path_factory.mktemp("faults"), workers=0)
 
 
-# One of each kind: a rank that dies, a save that fails, a batch left out. Cut saves and damage: tests/survive_test.py.
-_QUICK = ("kill_one", "disk_full_of_one", "nan")
+# One of each kind: a rank that dies, a save cut off, one that fails, a batch left out. Damage: tests/survive_test.py.
+_QUICK = ("kill_one", "killed_in_commit", "disk_full_of_one", "nan")
 
 
 @pytest.mark.parametrize("name", helpers.long_but(_QUICK, catalogue.FAULTS))
