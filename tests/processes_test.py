@@ -133,14 +133,17 @@ def test_the_roll_names_who_is_missing(looks, said, monkeypatch):
     roll = _Roll(*looks)
     _as_process(2, roll, monkeypatch)
     assert processes.roll_call(1) == said
-    assert roll.said == ["mosaics/roll/2"] + ["mosaics/looked/2"] * ("ended" not in said)
+    assert roll.said == ["mosaics/roll/2"]
 
 
-def test_process_0_stays_until_all_have_looked_at_the_roll(monkeypatch):
+def test_process_0_leaves_last(monkeypatch):
     roll = _Roll([2], [2, 3], [1, 2, 3], [])
     _as_process(0, roll, monkeypatch)
-    processes.stay_for_the_roll(60)
+    processes.leave_last(60)
     assert next(roll.looks) == []  # the third look was the last
-    processes.stay_for_the_roll(0)  # nor longer than it may
+    processes.leave_last(0)  # nor longer than it may
     _as_process(1, roll, monkeypatch)
-    processes.stay_for_the_roll(60)
+    processes.leave_last(60)
+    assert roll.said == ["mosaics/leaving/0"] * 2 + ["mosaics/leaving/1"]
+    _as_process(2, _Roll(), monkeypatch)
+    processes.leave_last(60)  # the service has ended
