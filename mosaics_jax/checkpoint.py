@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from mosaics_jax import fingerprint, integrity, paths, processes, whole
 from mosaics_jax.config import CheckpointConfig
-from mosaics_jax.record import RECORD, RunRecord
+from mosaics_jax.record import RECORD, RunRecord, no_run
 from mosaics_jax.step import TrainState
 
 COUNTERS = ("step", "skipped", "skipped_in_row", "recent")
@@ -80,9 +80,7 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             if not (self._workdir / RECORD).exists():
-                raise ValueError(
-                    f"{self._workdir} holds no run (no {RECORD}); python -m launch.train --workdir=DIR makes one"
-                )
+                raise no_run(self._workdir)
             raise ValueError(
                 f"{self._directory.parent} holds no checkpoint yet; the first comes after checkpoint.every steps"
             )

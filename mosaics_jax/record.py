@@ -113,13 +113,18 @@ def read_run_record(workdir: pathlib.Path) -> RunRecord:
     """What the workdir is the run of. Raises DamagedError, and ValueError where there is no run."""
     path = workdir / RECORD
     if not path.is_file():
-        raise ValueError(f"{workdir} holds no run (no {RECORD}); python -m launch.train --workdir=DIR makes one")
+        raise no_run(workdir)
     try:
         return RunRecord.from_dict(whole.load_json(path))
     except DamagedError as error:
         raise DamagedError(f"{path} is damaged ({error})") from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); start in another --workdir") from error
+
+
+def no_run(workdir: pathlib.Path) -> ValueError:
+    """What to raise where a run is to be read and there is none."""
+    return ValueError(f"{workdir} holds no run (no {RECORD}); python -m launch.train --workdir=DIR makes one")
 
 
 def tokenizer_of(workdir: pathlib.Path, record: RunRecord) -> Tokenizer:

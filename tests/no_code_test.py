@@ -18,6 +18,7 @@ from typing import Any
 import helpers
 import numpy as np
 import pytest
+from oracles import TASK
 
 from mosaics_jax.data.corpus import Manifest
 from mosaics_jax.data.packing import plan_rows
@@ -27,17 +28,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 MARK = "planted_payload"  # stands in every payload, as source or as the name of what it makes
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn")
 CHANGES: dict[str, Any] = {"run.steps": 4, "checkpoint.every": 2, "data.packing": "best_fit"}
-TASK = """
-task: own
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/own.jsonl}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
-metric_list: [{{metric: exact_match}}]
-"""
 
 
 class Payload:

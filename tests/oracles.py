@@ -48,3 +48,18 @@ class Scripted:
 def uniform(row: np.ndarray) -> np.ndarray:
     """Every token as likely as any other."""
     return np.full(len(row) - 1, math.log(TOKENIZER.vocabulary))
+
+
+# Of lm_eval, in a folder of one's own: data and templates, and no code.
+TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/own.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}]
+filter_list: [{{name: first, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
+"""

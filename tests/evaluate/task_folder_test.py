@@ -6,7 +6,7 @@ import pathlib
 import warnings
 
 import pytest
-from oracles import Scripted
+from oracles import TASK, Scripted
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other libraries, as they are imported
@@ -14,19 +14,6 @@ with warnings.catch_warnings():
     from mosaics_jax.evaluate import harness, task_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-TASK = """
-task: own
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/own.jsonl}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}}]
-filter_list: [{{name: first, filter: [{{function: remove_whitespace}}, {{function: take_first}}]}}]
-"""
 
 
 @pytest.fixture
