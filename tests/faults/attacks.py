@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ from collections.abc import Callable
 
 import helpers
 from job import arrays, free_port
-from trials import ROOT, Command, Done, Place, Tally, content, small_disk
+from trials import DAMAGES, ROOT, Command, Done, Place, Tally, content, damage, mend, small_disk
 
 ATTACKS: dict[str, Callable[[Place], Tally]] = {}
 
@@ -29,9 +28,7 @@ def _attack(run: Callable[[Place], Tally]) -> Callable[[Place], Tally]:
 def kills(place: Place) -> Tally:
     """SIGKILL at a drawn moment, and the same command again: its result byte for byte."""
     tally = Tally("kills at random moments of generate, export, evaluate, prepare, --pack, --verify")
-    for name, command, clear in place.commands():
-        clear()
-        seconds = command.once()
+    for name, command, clear, seconds in place.calm():
         for _ in range(place.trials):
             clear()
             process, after = command.start(), place.draw.uniform(0.1, seconds)
@@ -41,7 +38,6 @@ def kills(place: Place) -> Tally:
                 os.killpg(process.pid, signal.SIGKILL)
             command.end(process)
             tally.add(f"{name} after {after:.1f} of {seconds:.1f} s", *command.judge(command.run()))
-        clear()
     return tally
 
 
@@ -49,10 +45,7 @@ def kills(place: Place) -> Tally:
 def interrupts(place: Place) -> Tally:
     """Ctrl-C, once and twice: one line, and the same command gives the same."""
     tally = Tally("Ctrl-C, once and twice")
-    names = [("train", place.train("interrupted"), lambda: place.fresh("interrupted")), *place.commands()]
-    for name, command, clear in names:
-        clear()
-        seconds = command.once()
+    for name, command, clear, seconds in place.calm("interrupted"):
         for times in (1, 2):
             clear()
             process = command.start()
@@ -65,7 +58,6 @@ def interrupts(place: Place) -> Tally:
             if done.code == 130:  # its one line begins with another word
                 done = dataclasses.replace(done, said=done.said.replace("interrupted", "failed: interrupted"))
             tally.add(f"{name}, {times} times", *command.judge(done))
-        clear()
     return tally
 
 
@@ -73,56 +65,14 @@ def interrupts(place: Place) -> Tally:
 def limits(place: Place) -> Tally:
     """Files that may not grow, and few that may be open."""
     tally = Tally("ulimit -f (1 to 64 KiB) and -n (12 to 200)")
-    names = [("train", place.train("limited"), lambda: place.fresh("limited")), *place.commands()]
-    for name, command, clear in names:
-        clear()
-        command.once()
+    for name, command, clear, _ in place.calm("limited"):
         for limit in ("-f 1", "-f 8", "-f 64", "-n 12", "-n 40", "-n 200"):
             clear()
             done = command.run(f"-S {limit}" if "-f" in limit else limit)
             if limit == "-n 12" and done.code and "failed: " not in done.said and "error: " not in done.said:
                 continue  # Python itself did not start
             tally.add(f"{name}, ulimit {limit}", *command.judge(done))
-        clear()
     return tally
-
-
-DAMAGES = ("bit", "half", "empty", "gone", "folder", "swapped", "link", "more")
-
-
-def damage(path: pathlib.Path, how: str, draw: random.Random) -> None:
-    """Does one of DAMAGES to a file."""
-    data = path.read_bytes()
-    siblings = sorted(one for one in path.parent.iterdir() if one.is_file() and one != path)
-    match how:
-        case "bit":
-            spoilt = bytearray(data or b"\0")
-            spoilt[draw.randrange(len(spoilt))] ^= 1 << draw.randrange(8)
-            path.write_bytes(spoilt)
-        case "half":
-            path.write_bytes(data[: len(data) // 2])
-        case "empty":
-            path.write_bytes(b"")
-        case "gone" | "folder" | "link":
-            path.unlink()
-            if how == "folder":
-                path.mkdir()
-            elif how == "link":
-                path.symlink_to("nowhere")
-        case "swapped" if siblings:
-            other = draw.choice(siblings)
-            path.write_bytes(other.read_bytes())
-            other.write_bytes(data)
-        case _:
-            path.write_bytes(data + b"\0")
-
-
-def mend(source: pathlib.Path, path: pathlib.Path) -> None:
-    """Puts a file back."""
-    if path.is_dir() and not path.is_symlink():
-        path.rmdir()
-    path.unlink(missing_ok=True)
-    shutil.copy(source, path)
 
 
 def _spoil(place: Place, tally: Tally, folder: str, files: Callable[[pathlib.Path], list[pathlib.Path]]) -> Tally:
@@ -251,10 +201,7 @@ def other_places(place: Place) -> Tally:
 def two_writers(place: Place) -> Tally:
     """The same command twice at once: one of the two does it, and both may."""
     tally = Tally("the same command twice at once")
-    names = [("train", place.train("both"), lambda: place.fresh("both")), *place.commands()]
-    for name, command, clear in names:
-        clear()
-        command.once()
+    for name, command, clear, _ in place.calm("both"):
         for _ in range(max(1, place.trials // 2)):
             clear()
             pair = [command.start()]
@@ -268,7 +215,6 @@ def two_writers(place: Place) -> Tally:
                 tally.add(f"{name}, number {number}", *command.judge(done, made))
             if all(done.code for done in ends):
                 tally.add(name, "lost", "neither did it")
-        clear()
     return tally
 
 

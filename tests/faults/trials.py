@@ -172,6 +172,17 @@ class Place:
             command.calm = result(Done(0, "", ""))
         return command
 
+    def calm(self, workdir: str = "") -> Iterator[tuple[str, Command, Callable[[], object], float]]:
+        """Every command, what clears away what it makes, and the seconds of a life that nobody disturbs.
+
+        Training too where it has a workdir for it.
+        """
+        train = [("train", self.train(workdir), lambda: self.fresh(workdir))] if workdir else []
+        for name, command, clear in [*train, *self.commands()]:
+            clear()
+            yield name, command, clear, command.once()
+            clear()
+
     def commands(self) -> Iterator[tuple[str, Command, Callable[[], object]]]:
         """Those beside train: name, command, and what clears away what it has made."""
         run, out = self.folder / "finished", self.folder / "out"
@@ -221,3 +232,41 @@ def small_disk(path: pathlib.Path, size: int) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", path], check=True)
+
+
+DAMAGES = ("bit", "half", "empty", "gone", "folder", "swapped", "link", "more")
+
+
+def damage(path: pathlib.Path, how: str, draw: random.Random) -> None:
+    """Does one of DAMAGES to a file."""
+    data = path.read_bytes()
+    siblings = sorted(one for one in path.parent.iterdir() if one.is_file() and one != path)
+    match how:
+        case "bit":
+            spoilt = bytearray(data or b"\0")
+            spoilt[draw.randrange(len(spoilt))] ^= 1 << draw.randrange(8)
+            path.write_bytes(spoilt)
+        case "half":
+            path.write_bytes(data[: len(data) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case "gone" | "folder" | "link":
+            path.unlink()
+            if how == "folder":
+                path.mkdir()
+            elif how == "link":
+                path.symlink_to("nowhere")
+        case "swapped" if siblings:
+            other = draw.choice(siblings)
+            path.write_bytes(other.read_bytes())
+            other.write_bytes(data)
+        case _:
+            path.write_bytes(data + b"\0")
+
+
+def mend(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a file back."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    shutil.copy(source, path)
